@@ -1,0 +1,1 @@
+"""What the exporter writes and the server reads, and the rules both apply."""

@@ -1,0 +1,227 @@
+"""Policies as they are written down: in a request, in a manifest, in a calibration.
+
+A spec is validated and immutable; `compile_policy` turns it into the callable of `offramp_contract.policy` for a
+network with a given number of exits. Equal specs compile to the same object, so rows that ask for the same thing share it.
+"""
+
+import re
+from functools import lru_cache
+from typing import Annotated, Any, Literal, TypeAlias
+
+import numpy as np
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from offramp_contract.errors import InvalidValue
+from offramp_contract.policy import (
+    Agreement,
+    AllOf,
+    AnyOf,
+    Confidence,
+    Entropy,
+    Fixed,
+    Margin,
+    Patience,
+    Policy,
+    Window,
+)
+
+MAX_MEMBERS = 8
+MAX_NESTING = 3
+MAX_EXITS = 1024
+
+
+def _no_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not a boolean")
+    return value
+
+
+Share: TypeAlias = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False), BeforeValidator(_no_boolean)]
+Thresholds: TypeAlias = Share | Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_EXITS)]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ConfidenceSpec(_Spec):
+    """Leave when the largest probability reaches the threshold."""
+
+    kind: Literal["confidence"] = "confidence"
+    threshold: Thresholds = 0.9
+
+
+class EntropySpec(_Spec):
+    """Leave when the normalised entropy is down to the threshold."""
+
+    kind: Literal["entropy"] = "entropy"
+    threshold: Thresholds = 0.2
+
+
+class MarginSpec(_Spec):
+    """Leave when the two largest probabilities differ by the threshold."""
+
+    kind: Literal["margin"] = "margin"
+    threshold: Thresholds = 0.7
+
+
+class AgreementSpec(_Spec):
+    """Leave when a large enough share of the exits so far agree on a label."""
+
+    kind: Literal["agreement"] = "agreement"
+    threshold: Thresholds = 1.0
+
+
+class PatienceSpec(_Spec):
+    """Leave when the label has stayed the same for so many exits."""
+
+    kind: Literal["patience"] = "patience"
+    patience: int = Field(default=1, ge=1, le=MAX_EXITS)
+
+
+class WindowSpec(_Spec):
+    """Go on while the largest probability lies in [low, high]."""
+
+    kind: Literal["window"] = "window"
+    low: Share
+    high: Share
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WindowSpec":
+        if self.low > self.high:
+            raise ValueError("low must not be above high")
+        return self
+
+
+class FixedSpec(_Spec):
+    """Leave at one exit, always."""
+
+    kind: Literal["fixed"] = "fixed"
+    exit: int = Field(ge=0, lt=MAX_EXITS)
+
+
+class AllOfSpec(_Spec):
+    """Leave when all members say so."""
+
+    kind: Literal["all_of"] = "all_of"
+    of: tuple["PolicySpec", ...] = Field(min_length=1, max_length=MAX_MEMBERS)
+
+
+class AnyOfSpec(_Spec):
+    """Leave when a member says so."""
+
+    kind: Literal["any_of"] = "any_of"
+    of: tuple["PolicySpec", ...] = Field(min_length=1, max_length=MAX_MEMBERS)
+
+
+PolicySpec: TypeAlias = Annotated[
+    ConfidenceSpec
+    | EntropySpec
+    | MarginSpec
+    | AgreementSpec
+    | PatienceSpec
+    | WindowSpec
+    | FixedSpec
+    | AllOfSpec
+    | AnyOfSpec,
+    Field(discriminator="kind"),
+]
+AllOfSpec.model_rebuild()
+AnyOfSpec.model_rebuild()
+_ADAPTER: TypeAdapter[PolicySpec] = TypeAdapter(PolicySpec)
+
+KINDS = ("confidence", "entropy", "margin", "patience", "agreement", "window", "fixed", "all_of", "any_of")
+
+
+def parse_policy(policy: object, threshold: object = None, patience: object = None) -> PolicySpec:
+    """Read a policy as a request writes it.
+
+    Args:
+        policy: A kind's name, an object with `kind` and its parameters, or a spec.
+        threshold: The `threshold` beside a kind's name, a number or one number per non-final exit.
+        patience: The `patience` beside a kind's name.
+
+    Raises:
+        InvalidValue: With a sentence that names the field and what is allowed.
+    """
+    if isinstance(policy, _Spec) and threshold is None and patience is None:
+        return policy  # type: ignore[return-value]
+    written = {"kind": policy} if isinstance(policy, str) else policy
+    if isinstance(written, _Spec):
+        written = written.model_dump()
+    if not isinstance(written, dict) or written.get("kind") not in KINDS:
+        raise InvalidValue(f"policy: the kind must be one of {', '.join(KINDS)}", field="policy")
+    if _nesting(written) > MAX_NESTING:
+        raise InvalidValue(f"policy: combinations may be nested at most {MAX_NESTING} deep", field="policy")
+    beside = {"threshold": threshold, "patience": patience}
+    written = written | {name: value for name, value in beside.items() if value is not None}
+    try:
+        return _ADAPTER.validate_python(written)
+    except ValidationError as error:
+        raise InvalidValue(*_sentence(error, written)) from None
+
+
+def _nesting(written: object, limit: int = MAX_NESTING) -> int:
+    if limit < 0 or not isinstance(written, dict) or not isinstance(written.get("of"), list | tuple):
+        return 0
+    return 1 + max((_nesting(member, limit - 1) for member in written["of"]), default=0)
+
+
+def _sentence(error: ValidationError, written: dict[str, Any]) -> tuple[str, str]:
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    # pydantic's path also names the union branches it tried; a person wrote only identifiers and indices.
+    path = [str(part) for part in problem["loc"] if part not in KINDS and re.fullmatch(r"[a-z_]+|\d+", str(part))]
+    field = ".".join(path) or "policy"
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: policy {written['kind']!r} has no such parameter", field
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{field}: {message[0].lower()}{message[1:]}", field
+
+
+@lru_cache(maxsize=4096)
+def compile_policy(spec: PolicySpec, num_exits: int) -> Policy:
+    """Turn a spec into its callable for a network of `num_exits` exits.
+
+    Raises:
+        InvalidValue: If a threshold list is not one per non-final exit, or a fixed exit does not exist.
+    """
+    match spec:
+        case ConfidenceSpec():
+            return Confidence(_thresholds(spec.threshold, num_exits))
+        case EntropySpec():
+            return Entropy(_thresholds(spec.threshold, num_exits))
+        case MarginSpec():
+            return Margin(_thresholds(spec.threshold, num_exits))
+        case AgreementSpec():
+            return Agreement(_thresholds(spec.threshold, num_exits))
+        case PatienceSpec():
+            return Patience(np.array([spec.patience]))
+        case WindowSpec():
+            return Window(np.array([spec.low]), np.array([spec.high]))
+        case FixedSpec():
+            if spec.exit >= num_exits:
+                raise InvalidValue(f"exit: must be 0 to {num_exits - 1}, the exits of this model", field="exit")
+            return Fixed(np.array([spec.exit]))
+        case AllOfSpec():
+            return AllOf(tuple(compile_policy(member, num_exits) for member in spec.of))
+        case AnyOfSpec():
+            return AnyOf(tuple(compile_policy(member, num_exits) for member in spec.of))
+
+
+def _thresholds(threshold: float | tuple[float, ...], num_exits: int) -> np.ndarray:
+    num_deciding = num_exits - 1
+    if isinstance(threshold, tuple) and len(threshold) != num_deciding:
+        raise InvalidValue(
+            f"threshold: a list holds one number per non-final exit, {num_deciding} for this model; "
+            f"got {len(threshold)}",
+            field="threshold",
+        )
+    return np.broadcast_to(np.asarray(threshold, dtype=np.float64), (1, num_deciding))

@@ -1,0 +1,216 @@
+"""What travels between the server's parts: reading this file is reading the architecture.
+
+`api/` turns HTTP into a `Submission`'s inputs and `RequestOptions`; the engine answers with a `Result`, on the way with
+`Progress`, and tells an `Observer` what happened. Nothing here knows HTTP, queues or devices.
+
+Shapes: R = rows of a request, C = classes, K = leading classes kept in the decision statistics.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from offramp_contract.errors import OfframpError
+from offramp_contract.policy import Policy, Reason
+from offramp_contract.policy_spec import PolicySpec
+from offramp_contract.statistics import FloatArray, IntArray
+
+Combine = Literal["last", "mean", "geometric"]
+OnMiss = Literal["answer", "reject"]
+Outcome = Literal["ok", "error", "invalid", "cancelled", "deadline", "rejected"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """How the rows of one request are to be routed.
+
+    Attributes:
+        policy: The compiled exit policy.
+        policy_spec: The same as it is written down, for answers.
+        operating_point: Name of the calibrated point the policy came from, if it came from one.
+        latency_ms: Budget from the request's arrival to its answer; None takes the operator's default.
+        min_exit: No voluntary exit before this one.
+        max_exit: No stage beyond this exit; None is the final exit.
+        combine: How the answer combines the exits seen. The decision looks at the exit's own statistics.
+        on_miss: What to do with a row whose deadline passes before its first exit.
+        explain: Keep every exit's answer in `RowAnswer.seen`.
+        wants_progress: Report each exit reached while the request runs.
+        wants_logits: Keep the answering exit's logits in `RowAnswer.logits`.
+    """
+
+    policy: Policy
+    policy_spec: PolicySpec
+    operating_point: str | None = None
+    latency_ms: float | None = None
+    min_exit: int = 0
+    max_exit: int | None = None
+    combine: Combine = "last"
+    on_miss: OnMiss = "answer"
+    explain: bool = False
+    wants_progress: bool = False
+    wants_logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExitAnswer:
+    """What one exit says about one row.
+
+    Attributes:
+        exit_index: The exit, 0-based.
+        top_class_K: Leading classes, int32, shape (K,).
+        top_probability_K: Their probabilities, float32, shape (K,), falling.
+        log_odds: `ln(p_max / (1 - p_max))`.
+        entropy: Normalised entropy in [0, 1].
+        margin: Difference of the two largest probabilities.
+        logits_C: float32, shape (C,), if they were asked for.
+    """
+
+    exit_index: int
+    top_class_K: IntArray
+    top_probability_K: FloatArray
+    log_odds: float
+    entropy: float
+    margin: float
+    logits_C: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowAnswer:
+    """The one answer of one row.
+
+    Attributes:
+        answer: The answer, of the exit the row left at or combined over the exits it has seen.
+        reason: Why it left there.
+        depth: Share of the full path's FLOPs that the row ran, in (0, 1].
+        stages: Indices of the stages it ran, in order.
+        threshold: The cut-off the policy applied at that exit, where it is a single number.
+        score: The statistic that cut-off is compared with (confidence, entropy, margin); p_max for other policies.
+        seen: Every exit's own answer, if `explain` was asked for.
+    """
+
+    answer: ExitAnswer
+    reason: Reason
+    depth: float
+    stages: tuple[int, ...]
+    score: float
+    threshold: float | None
+    seen: tuple[ExitAnswer, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A row has reached an exit and goes on."""
+
+    row: int
+    answer: ExitAnswer
+    depth: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to one request: per row an answer or the error that is its answer.
+
+    Attributes:
+        rows: One entry per row, in order.
+        queue_s: Seconds the slowest row waited for the device, all stages together.
+        compute_s: Seconds the slowest row's stages ran.
+        total_s: Seconds from arrival to answer.
+        budget_ms: The latency budget in force, the operator's default included; None if unlimited.
+    """
+
+    rows: tuple[RowAnswer | OfframpError, ...]
+    queue_s: float
+    compute_s: float
+    total_s: float
+    budget_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class StageRun:
+    """One dispatch: a stage ran once, over rows of any number of requests."""
+
+    model: str
+    version: str
+    stage: str
+    variant: str
+    seconds: float
+    queue_seconds: tuple[float, ...]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows that ran together."""
+        return len(self.queue_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """One row has been answered by an exit."""
+
+    model: str
+    version: str
+    exit_index: int
+    exit_name: str
+    reason: Reason
+    depth: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDone:
+    """One request has got its one answer.
+
+    Attributes:
+        seconds: From arrival to answer.
+        slack_s: Deadline minus the time of the answer; negative if it was missed; None without a deadline.
+    """
+
+    model: str
+    version: str
+    outcome: Outcome
+    seconds: float
+    slack_s: float | None
+
+
+class Observer(Protocol):
+    """Is told what happens; `metrics` implements it. Calls come from several threads and must be quick."""
+
+    def stage_ran(self, run: StageRun) -> None:
+        """A dispatch has finished."""
+
+    def rows_left(self, departures: list[Departure]) -> None:
+        """Rows of one dispatch have been answered."""
+
+    def request_done(self, done: RequestDone) -> None:
+        """An admitted request has got its answer."""
+
+    def rejected(self, model: str, version: str, reason: str) -> None:
+        """A request was refused before it was admitted; `reason` is an error code."""
+
+    def inflight_changed(self, model: str, version: str, num_samples: int) -> None:
+        """The number of admitted, unanswered rows of a model is now `num_samples`."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoObserver:
+    """Looks away: for in-process use without metrics."""
+
+    def stage_ran(self, run: StageRun) -> None:
+        """Ignore it."""
+
+    def rows_left(self, departures: list[Departure]) -> None:
+        """Ignore it."""
+
+    def request_done(self, done: RequestDone) -> None:
+        """Ignore it."""
+
+    def rejected(self, model: str, version: str, reason: str) -> None:
+        """Ignore it."""
+
+    def inflight_changed(self, model: str, version: str, num_samples: int) -> None:
+        """Ignore it."""
+
+
+Inputs = dict[str, np.ndarray]
+__all__ = [
+    "Combine", "Departure", "ExitAnswer", "Inputs", "NoObserver", "Observer", "OnMiss", "Outcome", "Progress",
+    "RequestDone", "RequestOptions", "Result", "RowAnswer", "StageRun",
+]  # fmt: skip
