@@ -6,17 +6,18 @@ temperatures of 1 and no operating points.
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from offramp_contract.errors import DigestMismatch, InvalidValue, ManifestError, UnsupportedFormat
+from offramp_contract.files import BundleFiles
 from offramp_contract.manifest import Manifest, Sha256
 from offramp_contract.policy_spec import PolicySpec, compile_policy
 
 CALIBRATION_FORMAT_VERSION: Final = 1
 CALIBRATION_FILE = "calibration.json"
+MAX_CALIBRATION_BYTES = 64 * 2**20
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -140,18 +141,17 @@ class Calibration(_Part):
         return f"{budget}: no operating point of this model reaches it; the best reachable is {best:g}"
 
 
-def read_calibration(folder: Path, manifest: Manifest) -> Calibration:
-    """Read the calibration of a bundle folder, or give the bare one where there is none.
+def read_calibration(files: BundleFiles, manifest: Manifest) -> Calibration:
+    """Read a bundle's calibration, or give the bare one where there is none.
 
     Raises:
         UnsupportedFormat: If it was written in a format this version does not know.
         ManifestError: If it is not valid.
         DigestMismatch: If it was made for another model.
     """
-    path = folder / CALIBRATION_FILE
-    if not path.exists():
+    if not files.has(CALIBRATION_FILE):
         return Calibration.bare(manifest)
-    written = _read_json(path)
+    written = _read_json(files.read(CALIBRATION_FILE, MAX_CALIBRATION_BYTES))
     if written.get("format_version") != CALIBRATION_FORMAT_VERSION:
         raise UnsupportedFormat(f"calibration format {written.get('format_version')!r} is not known here")
     try:
@@ -170,9 +170,9 @@ def read_calibration(folder: Path, manifest: Manifest) -> Calibration:
     return calibration
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(text: bytes) -> dict[str, Any]:
     try:
-        written = json.loads(path.read_bytes())
+        written = json.loads(text)
     except (ValueError, RecursionError):
         raise ManifestError(f"{CALIBRATION_FILE} is not JSON") from None
     if not isinstance(written, dict):

@@ -11,12 +11,13 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from offramp_contract.errors import DigestMismatch, ManifestError, UnsupportedFormat
+from offramp_contract.files import BundleFiles
 from offramp_contract.policy_spec import ConfidenceSpec, PolicySpec, compile_policy
 
 FORMAT_VERSION: Final = 1
@@ -322,36 +323,28 @@ def _gate_problems(manifest: Manifest) -> Iterator[str]:
             yield f"stage {stage.name!r} is gated, but its merges do not cover its outputs"
 
 
-def read_verified(folder: Path, file: File) -> bytes:
+def read_verified(files: BundleFiles, file: File) -> bytes:
     """Read a file of a bundle and check it.
 
     Raises:
         ManifestError: If it is missing or leads out of the folder.
         DigestMismatch: If its content is not the one the manifest names.
     """
-    path = (folder / file.path).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ManifestError(f"file path {file.path!r} leaves the bundle's folder")
-    if not path.is_file():
-        raise ManifestError(f"file {file.path!r} is missing from the bundle")
-    content = path.read_bytes()
+    content = files.read(file.path)
     if hashlib.sha256(content).hexdigest() != file.sha256:
         raise DigestMismatch(f"file {file.path!r} does not have the sha256 that the manifest names")
     return content
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read a bundle folder's manifest, checked for format and consistency; the files are checked when read.
+def read_manifest(files: BundleFiles) -> Manifest:
+    """Read a bundle's manifest, checked for format and consistency; the files it names are checked when read.
 
     Raises:
         ManifestError: If there is no valid manifest.
         UnsupportedFormat: If it was written in a format this version does not know.
     """
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
+    if not files.has(MANIFEST_FILE):
         raise ManifestError(
-            f"{folder.name!r} holds no {MANIFEST_FILE}; a bundle is a folder that `offramp export` wrote"
+            f"{files.name!r} holds no {MANIFEST_FILE}; a bundle is a folder that `offramp export` wrote"
         )
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise ManifestError(f"{MANIFEST_FILE} is over {MAX_MANIFEST_BYTES} bytes")
-    return Manifest.from_bytes(path.read_bytes())
+    return Manifest.from_bytes(files.read(MANIFEST_FILE, MAX_MANIFEST_BYTES))

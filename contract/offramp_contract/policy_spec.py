@@ -1,7 +1,7 @@
 """Policies as they are written down: in a request, in a manifest, in a calibration.
 
 A spec is validated and immutable; `compile_policy` turns it into the callable of `offramp_contract.policy` for a
-network with a given number of exits. Equal specs compile to the same object, so rows that ask for the same thing share it.
+network with a given number of exits. Equal specs compile to the same object, so rows that ask alike share it.
 """
 
 import re

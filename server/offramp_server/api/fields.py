@@ -1,0 +1,229 @@
+"""The fields of a request that say how its rows are routed, read and checked.
+
+The same names serve JSON bodies, query parameters, form fields and the parameters of /v2. JSON values keep their types;
+values written as text are read as numbers, lists or objects where the field holds those.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+from offramp_contract.calibration import Calibration, Certificate, OperatingPoint
+from offramp_contract.errors import InvalidValue, MalformedRequest
+from offramp_contract.manifest import Manifest
+from offramp_contract.policy_spec import KINDS, PolicySpec, compile_policy, parse_policy
+from offramp_contract.statistics import MAX_TOP
+
+from offramp_server.messages import RequestOptions
+from offramp_server.settings import ServerSettings
+
+FIELDS: Final = (
+    "policy", "threshold", "patience", "latency_ms", "compute", "accuracy", "risk", "min_exit", "max_exit",
+    "gate_threshold", "gates", "combine", "on_miss", "top_k", "explain",
+)  # fmt: skip
+BUDGETS: Final = ("compute", "accuracy", "risk")
+COMBINATIONS: Final = ("last", "mean", "geometric")
+ON_MISS: Final = ("answer", "reject")
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What the fields of one request ask for.
+
+    Attributes:
+        options: For the engine.
+        top_k: How many leading classes the answer lists.
+        certificate: The certificate that the chosen operating point was chosen for, if a certified one was asked for.
+    """
+
+    options: RequestOptions
+    top_k: int
+    certificate: Certificate | None = None
+
+
+def read_routing(
+    fields: Fields,
+    manifest: Manifest,
+    calibration: Calibration,
+    settings: ServerSettings,
+    *,
+    wants_progress: bool = False,
+    wants_logits: bool = False,
+) -> Routing:
+    """Check the fields of a request against the model and the operator's limits.
+
+    Args:
+        fields: Any of `FIELDS`, typed; None counts as not given. See `fields_of_text` for values written as text.
+        manifest: The model.
+        calibration: Its operating points.
+        settings: The operator's limits.
+        wants_progress: Passed on to the engine.
+        wants_logits: Passed on to the engine.
+
+    Raises:
+        InvalidValue: With a sentence that names the field and what is allowed.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    _refuse_unknown(given)
+    _refuse_gates(given)
+    spec, point, certificate = _chosen_policy(given, manifest, calibration)
+    min_exit, max_exit = _exit_range(given, len(manifest.exits), settings)
+    options = RequestOptions(
+        policy=compile_policy(spec, len(manifest.exits)),
+        policy_spec=spec,
+        operating_point=point.name if point is not None else None,
+        latency_ms=_latency(given, settings),
+        min_exit=min_exit,
+        max_exit=max_exit,
+        combine=_one_of(given, "combine", COMBINATIONS),
+        on_miss=_one_of(given, "on_miss", ON_MISS),
+        explain=_boolean(given, "explain"),
+        wants_progress=wants_progress,
+        wants_logits=wants_logits,
+    )
+    return Routing(options, _integer(given, "top_k", 1, MAX_TOP, default=MAX_TOP), certificate)
+
+
+def fields_of_text(written: Mapping[str, str]) -> dict[str, Any]:
+    """Read fields written as text: query parameters and form fields.
+
+    Numbers, booleans, lists and objects are JSON; a list of numbers may also be written `0.9,0.8`. A name stands for
+    itself.
+
+    Raises:
+        InvalidValue: If a field is not known.
+        MalformedRequest: If an object or list is not valid JSON.
+    """
+    _refuse_unknown(written)
+    return {name: _of_text(name, text) for name, text in written.items()}
+
+
+def _of_text(name: str, text: str) -> Any:
+    text = text.strip()
+    if name in ("combine", "on_miss") or (name in ("policy", "gates") and not text.startswith("{")):
+        return text
+    if name == "threshold" and "," in text and not text.startswith("["):
+        text = f"[{text}]"
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        if text[:1] in ("{", "["):
+            raise MalformedRequest(f"{name}: it is not valid JSON", name) from None
+        return text  # the field's own check says what belongs here
+
+
+def _refuse_unknown(given: Mapping[str, Any]) -> None:
+    unknown = next((name for name in given if name not in FIELDS), None)
+    if unknown is not None:
+        raise InvalidValue(f"{unknown[:80]}: there is no such field; the fields are {', '.join(FIELDS)}", unknown[:80])
+
+
+def _refuse_gates(given: Fields) -> None:
+    for name in ("gate_threshold", "gates"):
+        if name in given:
+            raise InvalidValue(f"{name}: this model has no gates", name)
+
+
+def _chosen_policy(
+    given: Fields, manifest: Manifest, calibration: Calibration
+) -> tuple[PolicySpec, OperatingPoint | None, Certificate | None]:
+    by_policy = [name for name in ("policy", "threshold", "patience") if name in given]
+    by_budget = [name for name in BUDGETS if name in given]
+    if len(by_policy[:1] + by_budget) > 1:
+        ways = [*by_policy[:1], *by_budget]
+        raise InvalidValue(
+            f"{ways[1]}: {' and '.join(ways)} each choose the thresholds; give exactly one of them", ways[1]
+        )
+    if not by_budget:
+        return _written_policy(given, manifest), None, None
+    match by_budget[0]:
+        case "compute":
+            point = calibration.within_compute(_number(given, "compute", 0.0, 1.0, above=True))
+            return point.policy, point, None
+        case "accuracy":
+            point = calibration.certified_accuracy(_number(given, "accuracy", 0.0, 1.0))
+            held = [c for c in point.certificates if c.kind == "accuracy"]
+            return point.policy, point, max(held, key=lambda c: c.bound)
+        case _:
+            epsilon, delta = _risk(given["risk"])
+            point = calibration.certified_risk(epsilon, delta)
+            held = [c for c in point.certificates if c.kind == "consistency" and c.delta <= delta]
+            return point.policy, point, min(held, key=lambda c: c.bound)
+
+
+def _written_policy(given: Fields, manifest: Manifest) -> PolicySpec:
+    policy, threshold, patience = given.get("policy"), given.get("threshold"), given.get("patience")
+    if isinstance(policy, dict) and (threshold is not None or patience is not None):
+        beside = "threshold" if threshold is not None else "patience"
+        raise InvalidValue(f"{beside}: write it inside policy when policy is an object", beside)
+    if policy is None:
+        if threshold is None and patience is None:
+            return manifest.default_policy
+        policy = manifest.default_policy
+    elif not isinstance(policy, str | dict):
+        raise InvalidValue(f"policy: must be an object or one of the names {', '.join(KINDS)}", "policy")
+    if isinstance(threshold, str) or isinstance(patience, str):  # pydantic would read numbers out of strings
+        beside = "threshold" if isinstance(threshold, str) else "patience"
+        raise InvalidValue(f"{beside}: must be a number, not a string", beside)
+    return parse_policy(policy, threshold, patience)
+
+
+def _risk(written: object) -> tuple[float, float]:
+    if not isinstance(written, dict) or set(written) != {"epsilon", "delta"}:
+        raise InvalidValue('risk: must be an object like {"epsilon": 0.02, "delta": 0.05}', "risk")
+    return _number(written, "epsilon", 0.0, 1.0, "risk.epsilon"), _number(written, "delta", 0.0, 1.0, "risk.delta")
+
+
+def _exit_range(given: Fields, num_exits: int, settings: ServerSettings) -> tuple[int, int | None]:
+    final = num_exits - 1
+    floor = min(settings.depth_floor, final)
+    cap = final if settings.depth_cap is None else min(settings.depth_cap, final)
+    min_exit = _integer(given, "min_exit", 0, cap, default=floor)
+    max_exit = _integer(given, "max_exit", floor, cap, default=cap)
+    if "max_exit" in given and "min_exit" in given and min_exit > max_exit:
+        raise InvalidValue(f"min_exit: {min_exit} is above max_exit, {max_exit}", "min_exit")
+    return min(max(min_exit, floor), max_exit), max_exit if max_exit < final else None
+
+
+def _latency(given: Fields, settings: ServerSettings) -> float | None:
+    if "latency_ms" not in given:
+        return None
+    return _number(given, "latency_ms", 0.0, settings.max_latency_ms, above=True)
+
+
+def _number(
+    given: Fields, name: str, low: float, high: float, field: str | None = None, *, above: bool = False
+) -> float:
+    field, value = field or name, given[name]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not low <= value <= high or (above and value == low):
+        bound = f"above {low:g}" if above else f"at least {low:g}"
+        raise InvalidValue(f"{field}: must be a number {bound} and at most {high:g}", field)
+    return float(value)
+
+
+def _integer(given: Fields, name: str, low: int, high: int, *, default: int) -> int:
+    if name not in given:
+        return default
+    value = given[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidValue(f"{name}: must be an integer from {low} to {high}", name)
+    return value
+
+
+def _boolean(given: Fields, name: str) -> bool:
+    value = given.get(name, False)
+    if not isinstance(value, bool):
+        raise InvalidValue(f"{name}: must be true or false", name)
+    return value
+
+
+def _one_of(given: Fields, name: str, allowed: tuple[Any, ...]) -> Any:
+    value = given.get(name, allowed[0])
+    if value not in allowed:
+        raise InvalidValue(f"{name}: must be one of {', '.join(allowed)}", name)
+    return value

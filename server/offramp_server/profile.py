@@ -1,0 +1,136 @@
+"""How long a stage takes at a batch size, on this machine, through the serving path.
+
+Measured at warm-up and kept current by a running estimate: mean and mean deviation, as TCP estimates its round-trip
+time (Jacobson 1988; RFC 6298). Milliseconds belong to the machine, so a profile is never part of a bundle.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+MEAN_GAIN = 1 / 16
+DEVIATION_GAIN = 1 / 16
+DEVIATIONS = 4.0
+LEAST_DEVIATION = 0.02
+OUTLIER = 4.0
+PEAK_SHARE = 0.95
+REFRESH_KNEE_EVERY = 256
+
+
+@dataclass(slots=True)
+class _Point:
+    """The estimate at one profiled batch size: seconds, and the mean relative deviation from them."""
+
+    batch: int
+    mean_s: float
+    deviation: float
+
+
+class StageProfile:
+    """The running estimate for one stage."""
+
+    def __init__(self, max_batch: int) -> None:
+        self._points: list[_Point] = []
+        self._max_batch = max_batch
+        self._num_observed = 0
+        self._knee = 1
+
+    def calibrate(self, batch: int, seconds: Sequence[float]) -> None:
+        """Add a profiled batch size, larger than those before, from several timed runs."""
+        middle = max(median(seconds), 1e-9)
+        deviation = fmean(abs(s - middle) for s in seconds) / middle
+        self._points.append(_Point(batch, middle, max(deviation, LEAST_DEVIATION)))
+        self._knee = self._find_knee()
+
+    def observe(self, batch: int, seconds: float) -> None:
+        """Take a dispatch into account.
+
+        The profiled sizes on both sides of `batch` move by the same ratio. A single slow run (another process took the
+        core) counts as at most `OUTLIER` times the prediction: a lasting change still gets through, a blip does not.
+        """
+        ratio = min(seconds / self.mean_s(batch), OUTLIER)
+        for point in self._neighbours(batch):
+            point.deviation += DEVIATION_GAIN * (abs(ratio - 1.0) - point.deviation)
+            point.deviation = max(point.deviation, LEAST_DEVIATION)
+            point.mean_s *= 1.0 + MEAN_GAIN * (ratio - 1.0)
+        self._num_observed += 1
+        if self._num_observed % REFRESH_KNEE_EVERY == 0:
+            self._knee = self._find_knee()
+
+    def mean_s(self, batch: int) -> float:
+        """Expect this many seconds at a batch size: linear between profiled sizes, and beyond the last."""
+        points = self._points
+        if len(points) == 1 or batch <= points[0].batch:
+            return points[0].mean_s * max(batch / points[0].batch, 1.0)
+        index = next((i for i, point in enumerate(points) if point.batch >= batch), len(points) - 1)
+        low, high = points[index - 1], points[index]
+        slope = (high.mean_s - low.mean_s) / (high.batch - low.batch)
+        return max(low.mean_s + slope * (batch - low.batch), low.mean_s)
+
+    def bound_s(self, batch: int) -> float:
+        """Expect rarely more than this many seconds: mean + 4 mean deviations."""
+        deviation = max(point.deviation for point in self._neighbours(batch))
+        return self.mean_s(batch) * (1.0 + DEVIATIONS * deviation)
+
+    @property
+    def knee(self) -> int:
+        """The least batch size that reaches 95 % of the stage's best throughput."""
+        return self._knee
+
+    @property
+    def measured(self) -> dict[int, float]:
+        """Expected seconds at each profiled batch size."""
+        return {point.batch: point.mean_s for point in self._points}
+
+    def _neighbours(self, batch: int) -> list[_Point]:
+        above = next((i for i, point in enumerate(self._points) if point.batch >= batch), len(self._points) - 1)
+        exact = self._points[above].batch == batch or above == 0
+        return [self._points[above]] if exact else self._points[above - 1 : above + 1]
+
+    def _find_knee(self) -> int:
+        sizes = range(1, self._max_batch + 1)
+        peak = max(size / self.mean_s(size) for size in sizes)
+        return next(size for size in sizes if size / self.mean_s(size) >= PEAK_SHARE * peak)
+
+
+class Profile:
+    """The estimates for every stage of one model, and what follows from them.
+
+    Args:
+        exit_stages: For each exit, the stage whose graph computes it, in order.
+        num_stages: Number of stages.
+        max_batch: Largest batch size to reckon with.
+    """
+
+    def __init__(self, exit_stages: Sequence[int], num_stages: int, max_batch: int) -> None:
+        self.stages = [StageProfile(max_batch) for _ in range(num_stages)]
+        self._next_exit_stage = [next(s for s in exit_stages if s >= stage) for stage in range(num_stages)]
+        self._row_s: float | None = None
+
+    def bound_s(self, stage: int, batch: int) -> float:
+        """Expect one dispatch of a stage to rarely take more than this many seconds."""
+        return self.stages[stage].bound_s(batch)
+
+    def to_next_answer_s(self, stage: int, batch: int) -> float:
+        """Expect a row waiting at `stage` to need rarely more than this many seconds to its next exit."""
+        last = self._next_exit_stage[stage]
+        return sum(self.stages[s].bound_s(batch) for s in range(stage, last + 1))
+
+    def first_answer_stage(self) -> int:
+        """The stage that ends in exit 0."""
+        return self._next_exit_stage[0]
+
+    def knee(self, stage: int) -> int:
+        """The batch size beyond which a stage gains nothing worth waiting for."""
+        return self.stages[stage].knee
+
+    @property
+    def row_s(self) -> float:
+        """Device seconds that a row takes on average, early exits included; full depth until rows were seen."""
+        if self._row_s is None:
+            return sum(stage.mean_s(stage.knee) / stage.knee for stage in self.stages)
+        return self._row_s
+
+    def observe_row(self, seconds: float) -> None:
+        """Take the device seconds of one answered row into account."""
+        self._row_s = self.row_s + (seconds - self.row_s) / 64

@@ -1,0 +1,239 @@
+"""Which stage runs next, with which samples. Pure Python: time is an argument, and a tensor is never seen.
+
+One scheduler serves one device. It holds a queue per (model, stage, variant), ordered by deadline, and forms a batch
+when asked for one: work waits only because the device is busy. Rows that wait for the same stage run together,
+whatever batch they came from (continuous, stage-level batching).
+
+* No batch breaks a promise: a dispatch's predicted time is capped by the tightest slack in play.
+* When a dispatch would cost some row its chance of one more exit, the row with the least laxity goes first. Otherwise
+  the queue that comes closest to its stage's best throughput does, ties to the deepest, which bounds the carries held.
+* Models that wait at the same time share the device's seconds evenly (start-time fair queueing, Goyal 1996).
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Generic, Protocol, TypeVar
+
+from offramp_server.profile import PEAK_SHARE, Profile
+
+
+class Waiting(Protocol):
+    """What the scheduler must know of a sample."""
+
+    deadline_s: float
+    """On the engine's clock; infinite without one."""
+    may_be_dropped: bool
+    """Whether the request would rather be refused than answered late."""
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+
+
+W = TypeVar("W", bound=Waiting)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueKey:
+    """One place where samples wait: a stage of a model, in one numeric variant."""
+
+    model: str
+    stage: int
+    variant: str = "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch(Generic[W]):
+    """Samples that run one stage together, earliest deadline first."""
+
+    key: QueueKey
+    samples: list[W]
+
+
+@dataclass(slots=True)
+class _Queue(Generic[W]):
+    key: QueueKey
+    profile: Profile
+    entries: list[tuple[float, int, W]] = field(default_factory=list)
+
+    @property
+    def holds_answers(self) -> bool:
+        """Whether the samples that wait here have passed an exit, and so can leave at any time."""
+        return self.key.stage > self.profile.first_answer_stage()
+
+    @property
+    def needed_s(self) -> float:
+        """Seconds from dispatch to the next exit, for one row."""
+        return self.profile.to_next_answer_s(self.key.stage, 1)
+
+
+@dataclass(slots=True)
+class _Share:
+    """Device seconds of one model, counted from the moment it had work together with others."""
+
+    used_s: float = 0.0
+    num_waiting: int = 0
+
+
+@dataclass(slots=True)
+class _Candidate(Generic[W]):
+    """A queue that could run now, and what its most pressing row allows; see `Scheduler._slacks`."""
+
+    queue: _Queue[W]
+    laxity_s: float
+    slack_s: float
+    own_slack_s: float
+    size: int = 1
+
+    @property
+    def predicted_s(self) -> float:
+        """Seconds its dispatch will rarely exceed."""
+        return self.queue.profile.bound_s(self.queue.key.stage, self.size)
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the stage's best throughput that its batch reaches; near enough counts as all."""
+        stage = self.queue.profile.stages[self.queue.key.stage]
+        share = (self.size / stage.mean_s(self.size)) / (stage.knee / stage.mean_s(stage.knee))
+        return 1.0 if share >= PEAK_SHARE else share
+
+
+class Scheduler(Generic[W]):
+    """Holds the waiting samples of every model on one device.
+
+    Args:
+        max_batch: Most rows in one dispatch.
+        margin_s: Time kept free before a deadline for handing the answer over.
+        fair_share_s: Device time by which one model may run ahead of another that waits.
+    """
+
+    def __init__(self, max_batch: int, margin_s: float, fair_share_s: float) -> None:
+        self._max_batch = max_batch
+        self._margin_s = margin_s
+        self._fair_share_s = fair_share_s
+        self._queues: dict[QueueKey, _Queue[W]] = {}
+        self._shares: dict[str, _Share] = {}
+        self._arrivals = count()
+
+    def __len__(self) -> int:
+        return sum(share.num_waiting for share in self._shares.values())
+
+    def add_model(self, keys: Iterable[QueueKey], profile: Profile) -> None:
+        """Open the queues of a model, one per stage."""
+        for key in keys:
+            self._queues[key] = _Queue(key, profile)
+            self._shares.setdefault(key.model, _Share())
+
+    def remove_model(self, model: str) -> list[W]:
+        """Close a model's queues and give back what still waited there."""
+        left = [entry[2] for key, queue in self._queues.items() if key.model == model for entry in queue.entries]
+        self._queues = {key: queue for key, queue in self._queues.items() if key.model != model}
+        self._shares.pop(model, None)
+        return left
+
+    def put(self, key: QueueKey, samples: Sequence[W]) -> None:
+        """Let samples wait for a stage."""
+        queue, share = self._queues[key], self._shares[key.model]
+        if share.num_waiting == 0:
+            self._catch_up(share)
+        share.num_waiting += len(samples)
+        for sample in samples:
+            insort(queue.entries, (sample.deadline_s, next(self._arrivals), sample))
+
+    def num_waiting(self, key: QueueKey) -> int:
+        """Count the samples that wait for a stage."""
+        return len(self._queues[key].entries)
+
+    def charge(self, model: str, seconds: float) -> None:
+        """Book device time on a model's share."""
+        if model in self._shares:
+            self._shares[model].used_s += seconds
+
+    def take_cancelled(self) -> list[W]:
+        """Remove and give the samples that nobody waits for any more."""
+        cancelled: list[W] = []
+        for queue in self._queues.values():
+            gone = [entry[2] for entry in queue.entries if entry[2].is_cancelled]
+            if gone:
+                queue.entries = [entry for entry in queue.entries if not entry[2].is_cancelled]
+                self._shares[queue.key.model].num_waiting -= len(gone)
+                cancelled += gone
+        return cancelled
+
+    def take_expired(self, now: float) -> list[W]:
+        """Remove and give the samples that must not wait any longer.
+
+        These are rows with an answer in hand that cannot reach another exit in time, and rows without one that would
+        rather be refused than late and cannot reach their first exit in time.
+        """
+        expired: list[W] = []
+        for queue in self._queues.values():
+            if queue.entries:
+                expired += self._take_late(queue, now + self._margin_s + queue.needed_s)
+        return expired
+
+    def next(self, now: float) -> Dispatch[W] | None:
+        """Choose what runs now and remove it from its queue; None if nothing waits."""
+        waiting = [_Candidate(queue, *self._slacks(queue, now)) for queue in self._queues.values() if queue.entries]
+        if not waiting:
+            return None
+        for candidate in waiting:
+            others_s = (other.slack_s for other in waiting if other is not candidate)
+            candidate.size = self._batch_size(candidate.queue, min(candidate.own_slack_s, *others_s, math.inf))
+        fair = self._within_share(waiting)
+        best = max(fair, key=lambda candidate: (candidate.efficiency, candidate.queue.key.stage))
+        urgent = [candidate for candidate in fair if 0.0 <= candidate.laxity_s < best.predicted_s]
+        chosen = min(urgent, key=lambda candidate: candidate.laxity_s) if urgent else best
+        return self._pop(chosen.queue, chosen.size)
+
+    def _slacks(self, queue: _Queue[W], now: float) -> tuple[float, float, float]:
+        """Measure the most pressing row of a queue that can still be on time.
+
+        Returns:
+            Its laxity: seconds it may wait and yet reach its next exit. Its slack: seconds the device may do something
+            else before it can no longer be answered in time. Its own slack: seconds a dispatch that includes it may
+            take. Rows that are late whatever happens press nobody.
+        """
+        needed_s, alone_s = queue.needed_s, queue.profile.bound_s(queue.key.stage, 1)
+        free_s = [deadline - now - self._margin_s for deadline, _, _ in queue.entries]
+        to_exit_s = next((free - needed_s for free in free_s if free >= needed_s), math.inf)
+        if not queue.holds_answers:
+            return to_exit_s, to_exit_s, to_exit_s + alone_s
+        in_hand_s = next((free for free in free_s if free >= 0.0), math.inf)
+        return to_exit_s, in_hand_s, in_hand_s
+
+    def _batch_size(self, queue: _Queue[W], slack_s: float) -> int:
+        """Largest batch, up to the stage's knee, whose predicted time is within the slack; one row always goes."""
+        stage = queue.key.stage
+        size = min(len(queue.entries), self._max_batch, queue.profile.knee(stage))
+        while size > 1 and queue.profile.bound_s(stage, size) > slack_s:
+            size -= 1
+        return size
+
+    def _within_share(self, waiting: list[_Candidate[W]]) -> list[_Candidate[W]]:
+        least_s = min(self._shares[candidate.queue.key.model].used_s for candidate in waiting)
+        limit_s = least_s + self._fair_share_s
+        return [candidate for candidate in waiting if self._shares[candidate.queue.key.model].used_s <= limit_s]
+
+    def _catch_up(self, share: _Share) -> None:
+        """Idling earns no credit: a model that comes back starts level with the least-served that waits."""
+        active = [other.used_s for other in self._shares.values() if other.num_waiting > 0]
+        share.used_s = max(share.used_s, min(active, default=share.used_s))
+
+    def _pop(self, queue: _Queue[W], size: int) -> Dispatch[W]:
+        samples = [entry[2] for entry in queue.entries[:size]]
+        del queue.entries[:size]
+        self._shares[queue.key.model].num_waiting -= size
+        return Dispatch(queue.key, samples)
+
+    def _take_late(self, queue: _Queue[W], reachable_from: float) -> list[W]:
+        scanned = bisect_left(queue.entries, reachable_from, key=lambda entry: entry[0])
+        front = queue.entries[:scanned]
+        late = [entry for entry in front if queue.holds_answers or entry[2].may_be_dropped]
+        if late:
+            queue.entries[:scanned] = [entry for entry in front if entry not in late]
+            self._shares[queue.key.model].num_waiting -= len(late)
+        return [entry[2] for entry in late]

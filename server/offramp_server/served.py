@@ -1,0 +1,97 @@
+"""A model as the engine serves it: its stages on the device, its measured profile, and what follows from both."""
+
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import numpy as np
+from offramp_contract.calibration import Calibration
+from offramp_contract.manifest import Manifest
+from offramp_contract.statistics import FloatArray
+from offramp_runtime import Bundle, Device, DeviceTensor, StageExecutor
+
+from offramp_server.profile import Profile
+from offramp_server.scheduler import QueueKey
+
+Clock: TypeAlias = Callable[[], float]
+"""Gives seconds; `time.monotonic` in service, a simulated clock in tests."""
+
+VERSION_LENGTH = 12
+WARM_UP_RUNS = 5
+
+
+class ServedModel:
+    """One loaded bundle under the name it is served by.
+
+    Attributes:
+        name: The name clients use.
+        version: The first 12 hex digits of the model digest.
+        bundle: The opened bundle.
+        executor: Its stages on the device; touched by the engine's thread only.
+        profile: How long its stages take here.
+    """
+
+    def __init__(self, name: str, bundle: Bundle, device: Device, max_batch: int) -> None:
+        self.name = name
+        self.bundle = bundle
+        self.manifest: Manifest = bundle.manifest
+        self.calibration: Calibration = bundle.calibration
+        self.version = self.manifest.model_digest[:VERSION_LENGTH]
+        self.executor = StageExecutor(bundle, device)
+        self.max_batch = min(max_batch, self.manifest.max_batch or max_batch)
+        self.num_exits = len(self.manifest.exits)
+        self.key = f"{name}@{bundle.manifest.model_digest}"
+        stages = self.manifest.stages
+        self.profile = Profile([exit_.stage for exit_ in self.manifest.exits], len(stages), self.max_batch)
+        self.queue_keys = [QueueKey(self.key, index, self.manifest.precision) for index in range(len(stages))]
+        self.live_after = [{name for later in stages[i + 1 :] for name in later.inputs} for i in range(len(stages))]
+        self._flops = [stage.flops for stage in stages]
+
+    def depth_of(self, stages: tuple[int, ...]) -> float:
+        """Give the share of the full path's FLOPs that these stages make."""
+        return sum(self._flops[stage] for stage in stages) / max(sum(self._flops), 1)
+
+    def temperature(self, exit_index: int) -> float:
+        """Give an exit's calibrated temperature."""
+        return self.calibration.temperatures[exit_index]
+
+    def warm_up(self, clock: Clock, budget_s: float) -> Iterator[None]:
+        """Measure every stage at growing batch sizes, yielding after each run so that serving can go on between them.
+
+        Args:
+            clock: The engine's clock, seconds.
+            budget_s: Roughly how long it may take in all. Small batch sizes come first, and a size is skipped when it
+                would not fit any more; the profile extends beyond the last.
+        """
+        rng = np.random.default_rng(0)
+        num_stages = len(self.manifest.stages)
+        sizes = sorted({1, self.max_batch, *(2**i for i in range(1, 16) if 2**i < self.max_batch)})
+        spent_s = 0.0
+        for size in sizes:
+            expected_s = sum(stage.mean_s(size) for stage in self.profile.stages) if size > 1 else 0.0
+            if expected_s * (1 + WARM_UP_RUNS) > budget_s - spent_s:
+                return
+            carries = self._random_inputs(rng, size)
+            for index in range(num_stages):
+                seconds = []
+                for _ in range(WARM_UP_RUNS + 1):
+                    started = clock()
+                    output = self.executor.run(index, carries)
+                    seconds.append(clock() - started)
+                    spent_s += seconds[-1]
+                    yield
+                self.profile.stages[index].calibrate(size, seconds[1:])
+                carries |= output.carries
+
+    def _random_inputs(self, rng: np.random.Generator, size: int) -> dict[str, DeviceTensor]:
+        return {
+            tensor.name: self.executor.device.upload(_random_array(rng, (size, *tensor.shape), tensor.dtype))
+            for tensor in self.manifest.inputs
+        }
+
+
+def _random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Draw values that any network accepts: a standard normal for floats, 0 for indices, whose range is unknown."""
+    if np.issubdtype(np.dtype(dtype), np.floating):
+        values: FloatArray = rng.standard_normal(shape).astype(dtype)
+        return values
+    return np.zeros(shape, dtype=dtype)

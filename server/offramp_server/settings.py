@@ -1,0 +1,252 @@
+"""Every knob of the server, its default, and what turning it either way costs.
+
+One source of truth: each field is a flag of `offramp serve`, an environment variable `OFFRAMP_<FIELD>` and a key of the
+TOML file given as `config`, in this order of precedence.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from offramp_contract.errors import InvalidValue
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings.exceptions import SettingsError
+
+from offramp_server.engine_settings import EngineSettings
+
+MIB = 2**20
+
+
+class ServerSettings(BaseSettings):
+    """The server's settings, validated and immutable."""
+
+    model_config = SettingsConfigDict(env_prefix="OFFRAMP_", extra="forbid", frozen=True, env_ignore_empty=True)
+
+    config: Path | None = Field(None, description="A TOML file with any of these settings; flags and environment win.")
+
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on. The default is reachable from this machine alone; 0.0.0.0 is reachable "
+        "from the network, where an api_key or a proxy that asks for one should stand in front.",
+    )
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and logs which.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="Where stages run: auto (CUDA if usable, else the CPU), cpu, cuda:0. A device that cannot be used "
+        "stops the start, except with auto.",
+    )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Threads of the one pool that all stages share. More than the cores at hand makes every stage "
+        "slower; fewer leaves cores for the HTTP side. Unset: one per core.",
+    )
+
+    max_batch: int = Field(
+        32,
+        ge=1,
+        le=4096,
+        description="Most rows that run a stage together. Higher raises throughput where a stage's time grows slower "
+        "than its batch (GPUs), and takes longer to profile at start; lower keeps the wait behind a full batch short.",
+    )
+    max_inflight_samples: int = Field(
+        4096,
+        ge=1,
+        description="Most admitted, unanswered rows. Lower refuses sooner (429) and bounds memory; higher lets bursts "
+        "wait instead.",
+    )
+    max_wait_ms: float = Field(
+        2000.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest predicted wait for the device at which requests are still admitted. Lower refuses sooner "
+        "under load (429) instead of answering late.",
+    )
+    margin_ms: float = Field(
+        1.5,
+        ge=0,
+        allow_inf_nan=False,
+        description="Time kept free between a dispatch's predicted end and a deadline, for handing the answer to the "
+        "client. Higher keeps more latency budgets and cuts depth sooner.",
+    )
+    fair_share_ms: float = Field(
+        50.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Device time by which one model may run ahead of another with work waiting. Lower is fairer from "
+        "moment to moment; higher keeps more deadlines of the busier model.",
+    )
+    warm_up_s: float = Field(
+        3.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Time spent on profiling each model when it is loaded. Longer predicts stage times better from the "
+        "first request on; shorter is ready sooner.",
+    )
+    default_latency_ms: float | None = Field(
+        2000.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Budget of requests that name none. Lower keeps the server responsive under load at the price of "
+        "forced exits; unset lets such requests run to their policy's exit however long they wait.",
+    )
+    max_latency_ms: float = Field(
+        600_000.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Largest budget a request may name; above it the answer is 422. Lower bounds how long work may queue.",
+    )
+    depth_floor: int = Field(
+        0,
+        ge=0,
+        description="No request leaves voluntarily before this exit. Higher guards quality against careless thresholds; "
+        "0 leaves it to the requests.",
+    )
+    depth_cap: int | None = Field(
+        None,
+        ge=0,
+        description="No request runs beyond this exit. Lower bounds the compute of every row; unset allows full depth.",
+    )
+
+    max_rows: int = Field(
+        256,
+        ge=1,
+        description="Most rows in one request; above it the answer is 413. Higher lets one client send large batches, "
+        "which others then wait behind.",
+    )
+    max_body_bytes: int = Field(
+        32 * MIB,
+        ge=1024,
+        description="Largest body as sent, counted while it arrives; above it the answer is 413 and the rest is not "
+        "kept. Memory per open request is bounded by a few times this.",
+    )
+    max_decoded_bytes: int = Field(
+        64 * MIB,
+        ge=1024,
+        description="Largest body after Content-Encoding is undone; above it the answer is 413. Guards against a small "
+        "gzip that expands a thousandfold.",
+    )
+    max_image_pixels: int = Field(
+        2**25,
+        ge=1,
+        description="Most pixels of one image, read from its header before decoding; above it the answer is 413. "
+        "Memory while decoding is about 4 bytes per pixel and decode thread.",
+    )
+    decode_threads: int = Field(
+        2,
+        ge=1,
+        le=64,
+        description="Threads that decode images, tokenise texts and parse large bodies. More decode in parallel but "
+        "take cores from the stages.",
+    )
+
+    max_connections: int = Field(
+        1024,
+        ge=1,
+        description="Most open connections; requests on further ones get 503. Lower bounds memory and file handles.",
+    )
+    max_header_bytes: int = Field(
+        32768, ge=1024, description="Largest request line and headers together; above it the answer is 431."
+    )
+    header_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        le=3600,
+        description="A connection that has not sent complete headers within this time gets 408 and is closed. Lower "
+        "frees slots held by slow or idle peers sooner; too low cuts off clients on poor links.",
+    )
+    body_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="A body that has not arrived whole within this time gets 408. Lower bounds how long a slow upload "
+        "holds memory; max_body_bytes over the slowest client's bandwidth is the least that suits everyone.",
+    )
+    keep_alive_timeout_s: int = Field(
+        75,
+        ge=0,
+        le=3600,
+        description="Seconds an idle connection stays open. Keep it above the load balancer's own, so that the balancer "
+        "closes first; lower frees connections sooner and costs clients new handshakes.",
+    )
+
+    api_key: SecretStr | None = Field(
+        None,
+        min_length=8,
+        description="If set, every request needs it as `Authorization: Bearer` or `x-api-key`, except health, metrics "
+        "and docs. Unset lets in everyone who reaches the port.",
+    )
+    repository_control: bool = Field(
+        False,
+        description="Allow /v2/repository/models/{m}/load and unload. On, whoever may call the server may also change "
+        "what it serves; off answers 403.",
+    )
+    drain_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        le=3600,
+        description="After SIGTERM, how long admitted requests may take before they are answered with an error. Keep it "
+        "below the orchestrator's kill delay.",
+    )
+    access_log: bool = Field(
+        False, description="Log a line per request. Costs some microseconds each; /metrics counts them without it."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe message that is logged. debug adds one line per refused request."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.depth_cap is not None and self.depth_cap < self.depth_floor:
+            raise ValueError("depth_cap must not be below depth_floor")
+        if self.default_latency_ms is not None and self.default_latency_ms > self.max_latency_ms:
+            raise ValueError("default_latency_ms must not be above max_latency_ms")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read flags first, then the environment, then the TOML file."""
+        path = init_settings().get("config") or env_settings().get("config")
+        if path is None:
+            return init_settings, env_settings
+        if not Path(path).is_file():
+            raise SettingsError(f"config: there is no file {str(path)!r}")
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path)
+
+    @classmethod
+    def load(cls, **given: Any) -> Self:
+        """Read the settings; arguments that are None count as not given.
+
+        Raises:
+            InvalidValue: With a sentence that names the setting and says what is wrong.
+        """
+        try:
+            return cls(**{name: value for name, value in given.items() if value is not None})
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_input=False)[0]
+            name = ".".join(map(str, problem["loc"])) or "settings"
+            message = problem["msg"].removeprefix("Value error, ")
+            raise InvalidValue(f"{name}: {message[0].lower()}{message[1:]}", field=name) from None
+        except (SettingsError, ValueError, OSError) as error:
+            raise InvalidValue(f"settings: {error}", field="config") from None
+
+    def engine_settings(self) -> EngineSettings:
+        """Give the engine's share of the settings."""
+        return EngineSettings(
+            max_batch=self.max_batch,
+            max_inflight_samples=self.max_inflight_samples,
+            max_wait_ms=self.max_wait_ms,
+            default_latency_ms=self.default_latency_ms,
+            margin_ms=self.margin_ms,
+            warm_up_s=self.warm_up_s,
+            fair_share_ms=self.fair_share_ms,
+        )

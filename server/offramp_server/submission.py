@@ -1,0 +1,249 @@
+"""A request inside the engine, and its rows as they move through the stages."""
+
+import math
+import threading
+from typing import Protocol
+
+import numpy as np
+from offramp_contract.errors import Cancelled, DeadlineExceeded, NotReady, OfframpError, RequestError
+from offramp_contract.policy import Policy, Reason
+from offramp_contract.statistics import FloatArray, decision_of_logits, log_softmax
+from offramp_runtime import DeviceTensor
+
+from offramp_server.messages import Combine, ExitAnswer, Outcome, Progress, RequestOptions, Result, RowAnswer
+from offramp_server.served import ServedModel
+
+
+class Listener(Protocol):
+    """Takes a submission's events. Called on the engine's thread, once per dispatch, and must be quick."""
+
+    def deliver(self, events: "list[tuple[Submission, Progress | Result]]") -> None:
+        """Take events of submissions that were made with this listener, in order."""
+
+
+class Submission:
+    """One admitted request. It gets exactly one `Result`, whatever happens.
+
+    Attributes:
+        served: The model it asks.
+        options: How its rows are routed.
+        arrival_s: When it arrived, on the engine's clock.
+        deadline_s: When its answer is due; infinite without a deadline.
+        is_cancelled: Whether its client has gone.
+    """
+
+    __slots__ = (
+        "_answers",
+        "_cancel_signal",
+        "arrival_s",
+        "budget_ms",
+        "compute_s",
+        "deadline_s",
+        "is_cancelled",
+        "listener",
+        "options",
+        "queue_s",
+        "rows_left",
+        "samples",
+        "served",
+    )
+
+    def __init__(
+        self,
+        served: ServedModel,
+        inputs: dict[str, np.ndarray],
+        options: RequestOptions,
+        *,
+        listener: Listener,
+        arrival_s: float,
+        budget_ms: float | None,
+        cancel_signal: threading.Event,
+    ) -> None:
+        self.served = served
+        self.options = options
+        self.listener = listener
+        self.arrival_s = arrival_s
+        self.budget_ms = budget_ms
+        self.deadline_s = math.inf if budget_ms is None else arrival_s + budget_ms / 1e3
+        self.is_cancelled = False
+        self.queue_s = 0.0
+        self.compute_s = 0.0
+        num_rows = len(next(iter(inputs.values())))
+        self.rows_left = num_rows
+        self._answers: list[RowAnswer | OfframpError | None] = [None] * num_rows
+        self._cancel_signal = cancel_signal
+        self.samples = [Sample(self, row, inputs) for row in range(num_rows)]
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows that were sent."""
+        return len(self._answers)
+
+    @property
+    def unanswered(self) -> "list[Sample]":
+        """The rows that have no answer yet."""
+        return [sample for sample in self.samples if self._answers[sample.row] is None]
+
+    def cancel(self) -> None:
+        """Say that nobody waits for the answer any more; its work is freed at the next stage boundary."""
+        if self.rows_left:
+            self.is_cancelled = True
+            self._cancel_signal.set()
+
+    def settle(self, sample: "Sample", answer: RowAnswer | OfframpError) -> bool:
+        """Give a row its one answer; true when it was the request's last row."""
+        if self._answers[sample.row] is not None:
+            raise RuntimeError("a row was answered twice: this is a bug")
+        self._answers[sample.row] = answer
+        self.queue_s = max(self.queue_s, sample.queue_s)
+        self.compute_s = max(self.compute_s, sample.compute_s)
+        self.rows_left -= 1
+        return self.rows_left == 0
+
+    def result(self, now: float) -> Result:
+        """Put the rows' answers together, once all are there."""
+        rows = tuple(answer for answer in self._answers if answer is not None)
+        return Result(rows, self.queue_s, self.compute_s, now - self.arrival_s, self.budget_ms)
+
+    def outcome(self) -> Outcome:
+        """Name what became of the request, for metrics; the worst row decides."""
+        errors = [answer for answer in self._answers if isinstance(answer, OfframpError)]
+        for kind, name in _OUTCOMES:
+            if any(isinstance(error, kind) for error in errors):
+                return name
+        return "ok"
+
+
+_OUTCOMES: tuple[tuple[type[OfframpError], Outcome], ...] = (
+    (Cancelled, "cancelled"),
+    (NotReady, "error"),
+    (DeadlineExceeded, "deadline"),
+    (RequestError, "invalid"),
+    (OfframpError, "error"),
+)
+
+
+class Sample:
+    """One row of a request, on its way through the stages.
+
+    Attributes:
+        row: Its place in the request.
+        carries: For each tensor that a later stage reads, the batch it lies in and its row there.
+        stages: Stages it has run.
+        seen: What each exit said about it; only the last one unless the options need all.
+        classes: Predicted class at each exit so far.
+        enqueued_s: When it began to wait where it waits now.
+        queue_s: Seconds it has waited.
+        compute_s: Seconds its stages have run.
+        device_s: Its share of the device's seconds.
+    """
+
+    __slots__ = (
+        "carries",
+        "classes",
+        "compute_s",
+        "deadline_s",
+        "device_s",
+        "enqueued_s",
+        "max_exit",
+        "may_be_dropped",
+        "min_exit",
+        "policy",
+        "queue_s",
+        "row",
+        "seen",
+        "stages",
+        "submission",
+    )
+
+    def __init__(self, submission: Submission, row: int, inputs: dict[str, np.ndarray]) -> None:
+        options = submission.options
+        final_exit = submission.served.num_exits - 1
+        self.submission = submission
+        self.row = row
+        self.carries: dict[str, tuple[DeviceTensor, int]] = {name: (array, row) for name, array in inputs.items()}
+        self.deadline_s = submission.deadline_s
+        self.may_be_dropped = options.on_miss == "reject"
+        self.policy: Policy = options.policy
+        self.min_exit = options.min_exit
+        self.max_exit = final_exit if options.max_exit is None else options.max_exit
+        self.stages: tuple[int, ...] = ()
+        self.seen: list[ExitAnswer] = []
+        self.classes: list[int] = []
+        self.enqueued_s = 0.0
+        self.queue_s = 0.0
+        self.compute_s = 0.0
+        self.device_s = 0.0
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether its request's client has gone."""
+        return self.submission.is_cancelled
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether its exits' raw scores are to be kept."""
+        options = self.submission.options
+        return options.wants_logits or options.combine != "last"
+
+    def see(self, answer: ExitAnswer) -> None:
+        """Remember what an exit says."""
+        options = self.submission.options
+        if not (options.explain or options.combine != "last"):
+            self.seen.clear()
+        self.seen.append(answer)
+
+    def leave(self, reason: Reason) -> RowAnswer:
+        """Give the row's answer for leaving at the last exit it has seen."""
+        at_exit = self.seen[-1]
+        scores = {"entropy": at_exit.entropy, "margin": at_exit.margin}
+        top_p = float(at_exit.top_probability_K[0])
+        return RowAnswer(
+            answer=self.combined_answer(),
+            reason=reason,
+            depth=self.depth,
+            stages=self.stages,
+            score=scores.get(self.policy.kind, top_p),
+            threshold=self.policy.threshold_at(at_exit.exit_index),
+            seen=tuple(self.seen) if self.submission.options.explain else (),
+        )
+
+    @property
+    def depth(self) -> float:
+        """Share of the full path's FLOPs that it has run."""
+        return self.submission.served.depth_of(self.stages)
+
+    def combined_answer(self) -> ExitAnswer:
+        """Give the row's answer: the last exit's, or all exits' combined as the request asked."""
+        options, last = self.submission.options, self.seen[-1]
+        if options.combine == "last" or len(self.seen) == 1:
+            return last
+        served = self.submission.served
+        log_p_KC = np.stack(
+            [log_softmax(a.logits_C / served.temperature(a.exit_index)) for a in self.seen if a.logits_C is not None]
+        )
+        combined_C = _combine(log_p_KC, options.combine)
+        return exit_answer(last.exit_index, decision_of_logits(combined_C[None])[0], combined_C.astype(np.float32))
+
+
+def _combine(log_p_KC: FloatArray, combine: Combine) -> FloatArray:
+    """Combine exits' log-probabilities: their mean (survey eq. 4 with equal weights) or the log of the mean (eq. 3)."""
+    if combine == "geometric":
+        mean_C: FloatArray = log_p_KC.mean(axis=0)
+        return mean_C
+    log_mean_C: FloatArray = np.logaddexp.reduce(log_p_KC, axis=0) - np.log(len(log_p_KC))
+    return log_mean_C
+
+
+def exit_answer(exit_index: int, decision_D: FloatArray, logits_C: FloatArray | None = None) -> ExitAnswer:
+    """Unpack one row of a decision tensor."""
+    num_top = (len(decision_D) - 3) // 2
+    return ExitAnswer(
+        exit_index=exit_index,
+        top_class_K=decision_D[3 + num_top :].astype(np.int32),
+        top_probability_K=decision_D[3 : 3 + num_top],
+        log_odds=float(decision_D[0]),
+        entropy=float(decision_D[1]),
+        margin=float(decision_D[2]),
+        logits_C=logits_C,
+    )
