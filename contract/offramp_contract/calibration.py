@@ -160,7 +160,8 @@ def read_calibration(files: BundleFiles, manifest: Manifest) -> Calibration:
             compile_policy(point.policy, len(manifest.exits))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        raise ManifestError(f"{CALIBRATION_FILE}, {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+        where = ", ".join(filter(None, (CALIBRATION_FILE, ".".join(map(str, problem["loc"])))))
+        raise ManifestError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None
     except InvalidValue as error:
         raise ManifestError(f"{CALIBRATION_FILE}: {error.message}") from None
     if calibration.model_digest != manifest.model_digest:

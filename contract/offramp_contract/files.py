@@ -1,6 +1,8 @@
 """Where a bundle's bytes come from: a folder, or the same folder zipped. Nothing is extracted or followed outside."""
 
+import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Protocol
 
@@ -8,6 +10,10 @@ from offramp_contract.errors import ManifestError
 
 MAX_FILE_BYTES = 2 * 2**30
 """A stage graph is one protobuf message, which ends at 2 GiB."""
+
+_PLAIN_ZIP = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# What zipfile and zlib raise on bytes that are not what the archive's directory promises.
+_BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 
 
 class BundleFiles(Protocol):
@@ -35,19 +41,25 @@ class FolderFiles:
 
     def has(self, path: str) -> bool:
         """Tell whether a file is there."""
-        return self._inside(path).is_file()
+        return os.path.isfile(self._inside(path))  # unlike Path.is_file, False for a name that is too long
 
     def read(self, path: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         """Read a file; see `BundleFiles.read`."""
-        file = self._inside(path)
-        if not file.is_file():
+        if not self.has(path):
             raise ManifestError(f"file {path!r} is missing from the bundle {self.name!r}")
-        if file.stat().st_size > max_bytes:
-            raise ManifestError(f"file {path!r} is over {max_bytes} bytes")
-        return file.read_bytes()
+        file = self._inside(path)
+        try:
+            if file.stat().st_size > max_bytes:
+                raise ManifestError(f"file {path!r} is over {max_bytes} bytes")
+            return file.read_bytes()
+        except OSError:
+            raise ManifestError(f"file {path!r} of the bundle {self.name!r} cannot be read") from None
 
     def _inside(self, path: str) -> Path:
-        file = (self._folder / path).resolve()
+        try:
+            file = (self._folder / path).resolve()
+        except (OSError, RuntimeError, ValueError):  # a loop of links; a NUL or what no file name can hold
+            raise ManifestError(f"file path {path!r} is not one that a bundle can hold") from None
         if not file.is_relative_to(self._folder):
             raise ManifestError(f"file path {path!r} leaves the bundle's folder")
         return file
@@ -61,8 +73,8 @@ class ZipFiles:
         self._archive = archive
         try:
             with zipfile.ZipFile(archive) as opened:
-                self._members = {info.filename: info.file_size for info in opened.infolist() if not info.is_dir()}
-        except (zipfile.BadZipFile, OSError):
+                self._members = {info.filename: info for info in opened.infolist() if not info.is_dir()}
+        except _BROKEN_ZIP:
             raise ManifestError(f"{archive.name!r} is not a readable zip file") from None
         folders = {name.split("/")[0] for name in self._members if "/" in name}
         self._prefix = f"{folders.pop()}/" if len(folders) == 1 and not self._tops() else ""
@@ -76,12 +88,14 @@ class ZipFiles:
         member = self._prefix + path
         if member not in self._members:
             raise ManifestError(f"file {path!r} is missing from the bundle {self.name!r}")
-        if self._members[member] > max_bytes:
+        if self._members[member].compress_type not in _PLAIN_ZIP:
+            raise ManifestError(f"file {path!r} is compressed in a way other than zip's usual one")
+        if self._members[member].file_size > max_bytes:
             raise ManifestError(f"file {path!r} is over {max_bytes} bytes")
         try:
             with zipfile.ZipFile(self._archive) as opened:
                 return opened.read(member)
-        except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError):
+        except _BROKEN_ZIP:
             raise ManifestError(f"file {path!r} cannot be read from the zipped bundle {self.name!r}") from None
 
     def _tops(self) -> list[str]:

@@ -10,33 +10,25 @@ the gate that decides over it, and its `merges` say which carry stands for its r
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from offramp_contract.consistency import first_problem
 from offramp_contract.errors import DigestMismatch, ManifestError, UnsupportedFormat
 from offramp_contract.files import BundleFiles
-from offramp_contract.policy_spec import ConfidenceSpec, PolicySpec, compile_policy
+from offramp_contract.policy_spec import ConfidenceSpec, PolicySpec
 
 FORMAT_VERSION: Final = 1
 MANIFEST_FILE = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
-DTYPES = {
-    "float32": 4,
-    "float16": 2,
-    "float64": 8,
-    "int64": 8,
-    "int32": 4,
-    "uint8": 1,
-    "int8": 1,
-    "bool": 1,
-}
+DTYPES = {"float32": 4, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "bool": 1}
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
@@ -44,12 +36,11 @@ class _Part(BaseModel):
 
 
 class Tensor(_Part):
-    """A value that enters the network or crosses a stage boundary. Axis 0 is always the batch."""
+    """A value that enters the network or crosses a stage boundary; `shape` is one row's, behind the batch axis 0."""
 
     name: Name
     dtype: Literal["float32", "float16", "float64", "int64", "int32", "uint8", "int8", "bool"]
     shape: tuple[Annotated[int, Field(ge=0)], ...]
-    """Shape of one row, without the batch axis."""
 
     @property
     def row_bytes(self) -> int:
@@ -60,7 +51,7 @@ class Tensor(_Part):
 class File(_Part):
     """A file of the bundle, relative to its folder."""
 
-    path: str
+    path: Name
     sha256: Sha256
 
     @model_validator(mode="after")
@@ -152,8 +143,8 @@ class ImagePreprocessing(_Part):
     resize: int | None = Field(default=None, ge=1, le=8192)
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
     invert: bool = False
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[Finite, ...]
+    std: tuple[Finite, ...]
 
     @model_validator(mode="after")
     def _one_number_a_channel(self) -> Self:
@@ -195,7 +186,11 @@ class Provenance(_Part):
 
 
 class Manifest(_Part):
-    """All that a server must know about a bundle. Construction checks that the stages fit together."""
+    """All that a server must know about a bundle. Construction checks that its parts fit together.
+
+    Attributes:
+        min_batch: The least number of rows that the graphs run with; a smaller batch is padded.
+    """
 
     format_version: Literal[1] = FORMAT_VERSION
     name: ModelName
@@ -241,9 +236,9 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        for problem in (*_tensor_problems(self), *_exit_problems(self), *_gate_problems(self)):
+        problem = first_problem(self)
+        if problem is not None:
             raise ValueError(problem)
-        compile_policy(self.default_policy, len(self.exits))
         return self
 
     def to_bytes(self) -> bytes:
@@ -269,58 +264,14 @@ class Manifest(_Part):
             raise ManifestError(f"{MANIFEST_FILE} is not JSON") from None
         if not isinstance(written, dict):
             raise ManifestError(f"{MANIFEST_FILE} is not a JSON object")
-        version = written.get("format_version")
-        if version != FORMAT_VERSION:
+        if (version := written.get("format_version")) != FORMAT_VERSION:
             raise UnsupportedFormat(f"bundle format {version!r} is not known here; this Offramp reads {FORMAT_VERSION}")
         try:
             return cls.model_validate(written)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
-            where = ".".join(map(str, problem["loc"])) or "manifest"
-            raise ManifestError(f"{MANIFEST_FILE}, {where}: {problem['msg']}") from None
-
-
-def _tensor_problems(manifest: Manifest) -> Iterator[str]:
-    names = [tensor.name for tensor in (*manifest.inputs, *manifest.carries)]
-    if len(set(names)) != len(names):
-        yield "two inputs or carries have the same name"
-    if len({stage.name for stage in manifest.stages}) != len(manifest.stages):
-        yield "two stages have the same name"
-    known = {tensor.name for tensor in manifest.inputs}
-    declared = set(names)
-    for stage in manifest.stages:
-        for name in stage.inputs:
-            if name not in known:
-                yield f"stage {stage.name!r} reads {name!r}, which no earlier stage writes"
-        for name in stage.outputs:
-            if name not in declared:
-                yield f"stage {stage.name!r} writes {name!r}, which is not among the carries"
-        known.update(stage.outputs)
-
-
-def _exit_problems(manifest: Manifest) -> Iterator[str]:
-    stated = [(i, stage.exit) for i, stage in enumerate(manifest.stages) if stage.exit is not None]
-    expected = [(exit_.stage, i) for i, exit_ in enumerate(manifest.exits)]
-    if stated != expected:
-        yield "stages and exits do not name each other, in order"
-    if manifest.exits[-1].stage != len(manifest.stages) - 1:
-        yield "the last stage does not end in the final exit"
-    if len({exit_.name for exit_ in manifest.exits}) != len(manifest.exits):
-        yield "two exits have the same name"
-    if manifest.labels is not None and any(e.num_classes != len(manifest.labels) for e in manifest.exits):
-        yield f"{len(manifest.labels)} labels do not fit the exits' number of classes"
-
-
-def _gate_problems(manifest: Manifest) -> Iterator[str]:
-    for index, stage in enumerate(manifest.stages):
-        if stage.gate is None:
-            if stage.merges:
-                yield f"stage {stage.name!r} has merges but no gate"
-            continue
-        if stage.gate >= len(manifest.gates) or manifest.gates[stage.gate].stage >= index:
-            yield f"stage {stage.name!r} names gate {stage.gate}, which no earlier stage scores"
-        if {merge.run for merge in stage.merges} != set(stage.outputs):
-            yield f"stage {stage.name!r} is gated, but its merges do not cover its outputs"
+            where = ", ".join(filter(None, (MANIFEST_FILE, ".".join(map(str, problem["loc"])))))
+            raise ManifestError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None
 
 
 def read_verified(files: BundleFiles, file: File) -> bytes:
@@ -344,7 +295,5 @@ def read_manifest(files: BundleFiles) -> Manifest:
         UnsupportedFormat: If it was written in a format this version does not know.
     """
     if not files.has(MANIFEST_FILE):
-        raise ManifestError(
-            f"{files.name!r} holds no {MANIFEST_FILE}; a bundle is a folder that `offramp export` wrote"
-        )
+        raise ManifestError(f"{files.name!r} holds no {MANIFEST_FILE}; a bundle is what `offramp export` wrote")
     return Manifest.from_bytes(files.read(MANIFEST_FILE, MAX_MANIFEST_BYTES))

@@ -65,7 +65,10 @@ class Seen:
 
 
 class Policy(ABC):
-    """One rule. Subclasses are frozen dataclasses whose fields are arrays (R, ...) or tuples of policies."""
+    """One rule. Subclasses are frozen dataclasses whose fields are arrays (R, ...) or tuples of policies.
+
+    Policies are compared by identity: equal specs compile to one object.
+    """
 
     kind: ClassVar[str]
 
@@ -97,7 +100,7 @@ def _fired(mask_B: np.ndarray, reason: Reason) -> IntArray:
     return np.where(mask_B, np.int8(reason), np.int8(Reason.CONTINUE))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Threshold(Policy):
     """A policy with one threshold per non-final exit, shape (R, N)."""
 
@@ -107,7 +110,7 @@ class _Threshold(Policy):
         return float(self.threshold_RN[0, exit_index]) if exit_index < self.threshold_RN.shape[1] else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Confidence(_Threshold):
     """Leave when `p_max >= threshold` (BranchyNet, SDN, MSDNet; the plain reading of survey eq. 12).
 
@@ -121,7 +124,7 @@ class Confidence(_Threshold):
         return _fired(seen.decision.log_odds_B >= bar_R, Reason.CONFIDENT)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Entropy(_Threshold):
     """Leave when `H(p) / ln C <= threshold` (BranchyNet, DeeBERT; survey eq. 11)."""
 
@@ -131,7 +134,7 @@ class Entropy(_Threshold):
         return _fired(seen.decision.entropy_B <= self.threshold_RN[:, seen.exit_index], Reason.ENTROPY)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Margin(_Threshold):
     """Leave when `p_(1) - p_(2) >= threshold`."""
 
@@ -141,7 +144,7 @@ class Margin(_Threshold):
         return _fired(seen.decision.margin_B >= self.threshold_RN[:, seen.exit_index], Reason.MARGIN)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Patience(Policy):
     """Leave when the label has stayed the same for `patience` consecutive exits (PABEE).
 
@@ -158,7 +161,7 @@ class Patience(Policy):
         return _fired(streak_B >= self.patience_R, Reason.PATIENCE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Agreement(_Threshold):
     """Leave when the share of exits so far that vote for the leading label is `>= threshold` (ABC).
 
@@ -175,7 +178,7 @@ class Agreement(_Threshold):
         return _fired(leading_B / num_votes >= self.threshold_RN[:, seen.exit_index], Reason.AGREEMENT)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Window(Policy):
     """Go on while `low <= p_max <= high`; leave above (sure) and below (hopeless)."""
 
@@ -189,7 +192,7 @@ class Window(Policy):
         return _fired(outside_B, Reason.WINDOW)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Fixed(Policy):
     """Leave at one exit, always: the static baseline."""
 
@@ -201,7 +204,7 @@ class Fixed(Policy):
         return _fired(mask_B, Reason.DEPTH_CAP)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Combination(Policy):
     members: tuple[Policy, ...]
 
@@ -217,7 +220,7 @@ class _Combination(Policy):
         return self.members[0].threshold_at(exit_index)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AllOf(_Combination):
     """Leave when every member fires; the reason is the first member's."""
 
@@ -228,7 +231,7 @@ class AllOf(_Combination):
         return np.where((reasons_MB != Reason.CONTINUE).all(axis=0), reasons_MB[0], np.int8(Reason.CONTINUE))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AnyOf(_Combination):
     """Leave when a member fires; the reason is that of the first that does."""
 

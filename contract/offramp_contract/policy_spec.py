@@ -6,7 +6,8 @@ network with a given number of exits. Equal specs compile to the same object, so
 
 import re
 from functools import lru_cache
-from typing import Annotated, Any, Literal, TypeAlias
+from numbers import Real
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 from pydantic import (
@@ -38,14 +39,17 @@ MAX_NESTING = 3
 MAX_EXITS = 1024
 
 
-def _no_boolean(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not a boolean")
+def _number(value: object) -> object:
+    # pydantic would read numbers out of strings and booleans.
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError("must be a number")
     return value
 
 
-Share: TypeAlias = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False), BeforeValidator(_no_boolean)]
+Share: TypeAlias = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False), BeforeValidator(_number)]
 Thresholds: TypeAlias = Share | Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_EXITS)]
+Count: TypeAlias = Annotated[int, Field(ge=1, le=MAX_EXITS), BeforeValidator(_number)]
+ExitIndex: TypeAlias = Annotated[int, Field(ge=0, lt=MAX_EXITS), BeforeValidator(_number)]
 
 
 class _Spec(BaseModel):
@@ -84,7 +88,7 @@ class PatienceSpec(_Spec):
     """Leave when the label has stayed the same for so many exits."""
 
     kind: Literal["patience"] = "patience"
-    patience: int = Field(default=1, ge=1, le=MAX_EXITS)
+    patience: Count = 1
 
 
 class WindowSpec(_Spec):
@@ -105,21 +109,38 @@ class FixedSpec(_Spec):
     """Leave at one exit, always."""
 
     kind: Literal["fixed"] = "fixed"
-    exit: int = Field(ge=0, lt=MAX_EXITS)
+    exit: ExitIndex
 
 
-class AllOfSpec(_Spec):
+class _CombinationSpec(_Spec):
+    of: tuple["PolicySpec", ...] = Field(min_length=1, max_length=MAX_MEMBERS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shallow(cls, written: object) -> object:
+        # Before, not after: the outermost combination refuses before anything recurses into the inner ones.
+        if _nesting(written) > MAX_NESTING:
+            raise ValueError(f"combinations may be nested at most {MAX_NESTING} deep")
+        return written
+
+
+class AllOfSpec(_CombinationSpec):
     """Leave when all members say so."""
 
     kind: Literal["all_of"] = "all_of"
-    of: tuple["PolicySpec", ...] = Field(min_length=1, max_length=MAX_MEMBERS)
 
 
-class AnyOfSpec(_Spec):
+class AnyOfSpec(_CombinationSpec):
     """Leave when a member says so."""
 
     kind: Literal["any_of"] = "any_of"
-    of: tuple["PolicySpec", ...] = Field(min_length=1, max_length=MAX_MEMBERS)
+
+
+def _nesting(written: object, limit: int = MAX_NESTING) -> int:
+    members = written.get("of") if isinstance(written, dict) else getattr(written, "of", None)
+    if limit < 0 or not isinstance(members, list | tuple):
+        return 0
+    return 1 + max((_nesting(member, limit - 1) for member in members), default=0)
 
 
 PolicySpec: TypeAlias = Annotated[
@@ -159,29 +180,33 @@ def parse_policy(policy: object, threshold: object = None, patience: object = No
         written = written.model_dump()
     if not isinstance(written, dict) or written.get("kind") not in KINDS:
         raise InvalidValue(f"policy: the kind must be one of {', '.join(KINDS)}", field="policy")
-    if _nesting(written) > MAX_NESTING:
-        raise InvalidValue(f"policy: combinations may be nested at most {MAX_NESTING} deep", field="policy")
     beside = {"threshold": threshold, "patience": patience}
     written = written | {name: value for name, value in beside.items() if value is not None}
     try:
         return _ADAPTER.validate_python(written)
     except ValidationError as error:
-        raise InvalidValue(*_sentence(error, written)) from None
+        raise InvalidValue(*_sentence(error)) from None
 
 
-def _nesting(written: object, limit: int = MAX_NESTING) -> int:
-    if limit < 0 or not isinstance(written, dict) or not isinstance(written.get("of"), list | tuple):
-        return 0
-    return 1 + max((_nesting(member, limit - 1) for member in written["of"]), default=0)
-
-
-def _sentence(error: ValidationError, written: dict[str, Any]) -> tuple[str, str]:
-    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # pydantic's path also names the union branches it tried; a person wrote only identifiers and indices.
-    path = [str(part) for part in problem["loc"] if part not in KINDS and re.fullmatch(r"[a-z_]+|\d+", str(part))]
+def _sentence(error: ValidationError) -> tuple[str, str]:
+    # Of the union branches that pydantic tried, the one that got furthest is the one the person meant: deepest into
+    # the value, or past its type to its length.
+    problem = max(
+        error.errors(include_url=False, include_context=False, include_input=False),
+        key=lambda p: (len(p["loc"]), p["type"] in {"too_short", "too_long"}),
+    )
+    # Its path also names the branches, and the kind at the start and behind each index; a person wrote neither.
+    before = (0, *problem["loc"])
+    path = [
+        str(part)
+        for previous, part in zip(before, problem["loc"], strict=False)
+        if not isinstance(previous, int) and re.fullmatch(r"[a-z_]+|\d+", str(part))
+    ]
     field = ".".join(path) or "policy"
     if problem["type"] == "extra_forbidden":
-        return f"{field}: policy {written['kind']!r} has no such parameter", field
+        return f"{field}: policy {problem['loc'][-2]!r} has no such parameter", field
+    if problem["type"].startswith("union_tag"):
+        return f"{field}: the kind must be one of {', '.join(KINDS)}", field
     message = problem["msg"].removeprefix("Value error, ")
     return f"{field}: {message[0].lower()}{message[1:]}", field
 
@@ -203,13 +228,13 @@ def compile_policy(spec: PolicySpec, num_exits: int) -> Policy:
         case AgreementSpec():
             return Agreement(_thresholds(spec.threshold, num_exits))
         case PatienceSpec():
-            return Patience(np.array([spec.patience]))
+            return Patience(_row(spec.patience))
         case WindowSpec():
-            return Window(np.array([spec.low]), np.array([spec.high]))
+            return Window(_row(spec.low), _row(spec.high))
         case FixedSpec():
             if spec.exit >= num_exits:
                 raise InvalidValue(f"exit: must be 0 to {num_exits - 1}, the exits of this model", field="exit")
-            return Fixed(np.array([spec.exit]))
+            return Fixed(_row(spec.exit))
         case AllOfSpec():
             return AllOf(tuple(compile_policy(member, num_exits) for member in spec.of))
         case AnyOfSpec():
@@ -225,3 +250,8 @@ def _thresholds(threshold: float | tuple[float, ...], num_exits: int) -> np.ndar
             field="threshold",
         )
     return np.broadcast_to(np.asarray(threshold, dtype=np.float64), (1, num_deciding))
+
+
+def _row(value: float) -> np.ndarray:
+    """Give the parameter of one row. Broadcast, it is read-only: compiled policies are shared."""
+    return np.broadcast_to(np.asarray(value), 1)

@@ -87,8 +87,10 @@ class Decision:
 
 
 def log_softmax(logits_BC: FloatArray) -> FloatArray:
-    """Give `ln softmax(logits)` over the last axis, float64, stable for any finite logits."""
-    shifted_BC: FloatArray = (logits_BC - logits_BC.max(axis=-1, keepdims=True)).astype(np.float64)
+    """Give `ln softmax(logits)` over the last axis, float64, stable for any finite logits; NaN where one is not."""
+    wide_BC = logits_BC.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        shifted_BC: FloatArray = wide_BC - wide_BC.max(axis=-1, keepdims=True)
     log_p_BC: FloatArray = shifted_BC - np.log(np.exp(shifted_BC).sum(axis=-1, keepdims=True))
     return log_p_BC
 
@@ -107,18 +109,19 @@ def decision_of_logits(logits_BC: FloatArray, temperature: float = 1.0) -> Float
         temperature: The exit's calibrated temperature T; probabilities are softmax(logits / T).
 
     Returns:
-        float32, shape (B, 3 + 2K), laid out as the module says.
+        float32, shape (B, 3 + 2K), laid out as the module says. Of equal logits the lower class comes first. A class of
+        logit -inf has probability 0; a row with NaN or +inf gives NaN.
     """
     scaled_BC = logits_BC.astype(np.float64) / temperature
     num_rows, num_classes = scaled_BC.shape
     order_BK = np.argsort(-scaled_BC, axis=1, kind="stable")[:, : num_top(num_classes)]
     log_p_BC = log_softmax(scaled_BC)
     p_BC = np.exp(log_p_BC)
-    odds_against_BC = np.exp(scaled_BC - scaled_BC.max(axis=1, keepdims=True))
-    odds_against_BC[np.arange(num_rows), order_BK[:, 0]] = 0.0
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        odds_against_BC = np.exp(scaled_BC - scaled_BC.max(axis=1, keepdims=True))
+        odds_against_BC[np.arange(num_rows), order_BK[:, 0]] = 0.0
         log_odds_B = -np.log(odds_against_BC.sum(axis=1))
-    entropy_B = -np.where(p_BC > 0, p_BC * log_p_BC, 0.0).sum(axis=1) / np.log(num_classes)
+        entropy_B = -np.where(p_BC == 0, 0.0, p_BC * log_p_BC).sum(axis=1) / np.log(num_classes)
     top_p_BK = np.take_along_axis(p_BC, order_BK, axis=1)
     margin_B = top_p_BK[:, 0] - top_p_BK[:, 1]
     head_B3 = np.stack([log_odds_B, entropy_B, margin_B], axis=1)

@@ -8,13 +8,14 @@ A numpy array is the CPU's handle because an `OrtValue` costs 1.3 to 1.8 times a
 """
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
-from offramp_contract.errors import DeviceUnavailable
+from offramp_contract.errors import DeviceUnavailable, ManifestError
 
 from offramp_runtime.gather import FLOAT32, gather_graph
 from offramp_runtime.sessions import create_session
@@ -44,7 +45,7 @@ class Device(ABC):
 
     @abstractmethod
     def upload(self, array: np.ndarray) -> DeviceTensor:
-        """Place an array on the device."""
+        """Place an array on the device, its shape kept (a scalar stays one)."""
 
     @abstractmethod
     def download(self, tensor: DeviceTensor) -> np.ndarray:
@@ -92,7 +93,7 @@ class CpuDevice(Device):
 
     def upload(self, array: np.ndarray) -> DeviceTensor:
         """Give the array itself, made contiguous."""
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")
 
     def download(self, tensor: DeviceTensor) -> np.ndarray:
         """Give the array itself."""
@@ -133,8 +134,11 @@ class OrtValueDevice(Device):
 
     def load(self, graph: bytes, name: str) -> ort.InferenceSession:
         """Create a session and read its providers back; see `Device.load`."""
+        return self._load(graph, name, self.threads)
+
+    def _load(self, graph: bytes, name: str, threads: int) -> ort.InferenceSession:
         options = [{"device_id": str(self._index)}] if self._kind == "cuda" else [{}]
-        session = create_session(graph, name, [self._provider], self.threads, options)
+        session = create_session(graph, name, [self._provider], threads, options)
         if session.get_providers()[0] != self._provider:
             raise DeviceUnavailable(
                 f"device: {self.name} was asked for, but ONNX Runtime fell back to {session.get_providers()[0]}; "
@@ -144,7 +148,7 @@ class OrtValueDevice(Device):
 
     def upload(self, array: np.ndarray) -> DeviceTensor:
         """Copy an array to the device."""
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._kind, self._index)
+        return ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), self._kind, self._index)
 
     def download(self, tensor: DeviceTensor) -> np.ndarray:
         """Copy a tensor to the host."""
@@ -153,7 +157,7 @@ class OrtValueDevice(Device):
 
     def gather(self, tensors: Sequence[DeviceTensor], rows: Sequence[int]) -> DeviceTensor:
         """Put rows together with one small graph on the device; host arrays (a model's inputs) are placed there."""
-        if isinstance(tensors[0], np.ndarray):
+        if all(isinstance(tensor, np.ndarray) for tensor in tensors):
             return self.upload(gather_arrays(tensors, rows))
         sources: list[DeviceTensor] = []
         rows_of: list[list[int]] = []
@@ -162,7 +166,7 @@ class OrtValueDevice(Device):
         for tensor, row in zip(tensors, rows, strict=True):
             slot = slot_of.setdefault(id(tensor), len(sources))
             if slot == len(sources):
-                sources.append(tensor)
+                sources.append(self.upload(tensor) if isinstance(tensor, np.ndarray) else tensor)
                 rows_of.append([])
             places.append((slot, len(rows_of[slot])))
             rows_of[slot].append(row)
@@ -204,7 +208,8 @@ class OrtValueDevice(Device):
     def _gather_session(self, element_type: int, num_sources: int) -> ort.InferenceSession:
         key = (element_type, num_sources)
         if key not in self._gather_sessions:
-            self._gather_sessions[key] = self.load(gather_graph(element_type, num_sources), "gather")
+            # One thread: the rows are copied by the device, and there is a session per number of sources.
+            self._gather_sessions[key] = self._load(gather_graph(element_type, num_sources), "gather", threads=1)
         return self._gather_sessions[key]
 
 
@@ -240,7 +245,7 @@ def open_device(name: str = "auto", threads: int | None = None) -> Device:
         except DeviceUnavailable:
             return CpuDevice(num_threads)
     kind, _, index = name.partition(":")
-    if kind != "cuda" or not (index or "0").isdigit():
+    if kind != "cuda" or not re.fullmatch(r"[0-9]{0,4}", index):
         raise DeviceUnavailable(f"device: {name!r} is none of auto, cpu, cuda, cuda:0, cuda:1, …")
     return _open_cuda(int(index or "0"), num_threads)
 
@@ -252,7 +257,12 @@ def _open_cuda(index: int, threads: int) -> OrtValueDevice:
         )
     device = OrtValueDevice("cuda", index, "CUDAExecutionProvider", threads)
     # A session asked for CUDA falls back to the CPU without raising: load a real one and read it back.
-    device.load(gather_graph(FLOAT32, 1), "probe")
+    try:
+        device.load(gather_graph(FLOAT32, 1), "probe")
+    except ManifestError as error:  # the probe's graph is sound: it is the device that ONNX Runtime refuses
+        raise DeviceUnavailable(
+            f"device: cuda:{index} cannot be used; check that this GPU exists, and its driver, CUDA and cuDNN"
+        ) from error
     return device
 
 

@@ -112,7 +112,7 @@ def _check_signature(
         raise ManifestError(f"graph of {stage!r} has {side}s {sorted(names)}, the manifest says {sorted(expected)}")
     for value in actual:
         kind, row_shape = expected[value.name]
-        batch, *row = value.shape or [None]
+        batch, *row = value.shape or [0]  # a scalar, or a graph that does not say: neither has a batch axis
         fits = len(row) == len(row_shape) and all(
             not isinstance(size, int) or size == wanted for size, wanted in zip(row, row_shape, strict=True)
         )
