@@ -1,0 +1,187 @@
+"""Writes a bundle's files and its manifest into a folder; reads nothing back."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from offramp_contract.errors import ExportError, InvalidValue
+from offramp_contract.manifest import (
+    MANIFEST_FILE,
+    Exit,
+    File,
+    ImagePreprocessing,
+    Manifest,
+    Preprocessing,
+    Provenance,
+    Stage,
+    Tensor,
+    TextPreprocessing,
+)
+from offramp_contract.policy_spec import ConfidenceSpec, PolicySpec
+from onnx import TensorProto
+from pydantic import ValidationError
+
+from offramp_exporter.batch_range import BatchRange
+from offramp_exporter.boundary import Crossing, crossings
+from offramp_exporter.cost import carry_bytes, stage_flops
+from offramp_exporter.decide import add_decision
+from offramp_exporter.emit import stage_graph
+from offramp_exporter.program import Program
+from offramp_exporter.split import StagePlan
+
+TOKENIZER_FILE: Final = "tokenizer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a bundle says of itself beside its graphs.
+
+    Attributes:
+        name: The model's name in the server.
+        provenance: Where it comes from.
+        labels: A name per class.
+        preprocessing: How images or texts become inputs.
+        tokenizer: The `tokenizer.json` to copy into the bundle, for texts.
+        default_policy: The policy of requests that name none.
+    """
+
+    name: str
+    provenance: Provenance
+    labels: Sequence[str] | None = None
+    preprocessing: Preprocessing | None = None
+    tokenizer: Path | None = None
+    default_policy: PolicySpec = field(default_factory=ConfidenceSpec)
+
+
+def write_bundle(
+    folder: Path, program: Program, plans: Sequence[StagePlan], description: Description, batches: BatchRange
+) -> Manifest:
+    """Write stage graphs, tokenizer and manifest into an empty folder.
+
+    Raises:
+        ExportError: If the description does not fit the network.
+    """
+    crossing = crossings(program, plans)
+    exits = [_exit(program, plan, index) for index, plan in enumerate(plans)]
+    (folder / "stages").mkdir()
+    stages = []
+    for index, (plan, exit_) in enumerate(zip(plans, exits, strict=True)):
+        graph = stage_graph(program, plan, crossing, exit_)
+        add_decision(graph, exit_)
+        stages.append(
+            Stage(
+                name=f"stage_{index}",
+                graph=_write(folder, f"stages/{index:02}.onnx", graph.SerializeToString(deterministic=True)),
+                inputs=tuple(crossing[name].tensor.name for name in plan.reads),
+                outputs=tuple(crossing[name].tensor.name for name in plan.emits),
+                exit=index,
+                flops=stage_flops(program, plan),
+                carry_bytes=carry_bytes(plans, crossing, index),
+            )
+        )
+    manifest = _manifest(
+        program,
+        crossing=crossing,
+        stages=stages,
+        exits=exits,
+        description=_with_tokenizer(folder, description),
+        batches=batches,
+    )
+    (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
+    return manifest
+
+
+def _exit(program: Program, plan: StagePlan, index: int) -> Exit:
+    name, width = plan.exit, program.shapes[plan.scores][1]
+    exit_ = Exit(
+        name=name,
+        stage=index,
+        logits=f"{name}.logits",
+        decision=f"{name}.decision",
+        temperature=f"{name}.temperature",
+        num_classes=width if isinstance(width, int) else 0,
+    )
+    taken = {exit_.logits, exit_.decision, exit_.temperature} - {plan.scores}
+    if taken & {*program.producer, *program.inputs, *program.initializers}:
+        raise ExportError(f"exit {name!r}: the network has tensors of that name; name its exits otherwise")
+    return exit_
+
+
+def _manifest(
+    program: Program,
+    *,
+    crossing: Mapping[str, Crossing],
+    stages: Sequence[Stage],
+    exits: Sequence[Exit],
+    description: Description,
+    batches: BatchRange,
+) -> Manifest:
+    inputs = tuple(crossing[name].tensor for name in program.inputs)
+    if description.preprocessing is not None:
+        _check_preprocessing(description.preprocessing, inputs)
+    is_half = any(program.dtypes.get(scores) == TensorProto.FLOAT16 for scores in program.exits.values())
+    try:
+        return Manifest(
+            name=description.name,
+            precision="fp16" if is_half else "fp32",
+            inputs=inputs,
+            carries=tuple(one.tensor for name, one in crossing.items() if name not in program.inputs),
+            stages=tuple(stages),
+            exits=tuple(exits),
+            labels=None if description.labels is None else tuple(description.labels),
+            preprocessing=description.preprocessing,
+            default_policy=description.default_policy,
+            min_batch=batches.smallest,
+            max_batch=batches.largest,
+            provenance=description.provenance,
+        )
+    except (ValidationError, InvalidValue) as error:
+        problem = error.message if isinstance(error, InvalidValue) else _first_problem(error)
+        raise ExportError(f"the bundle's description does not fit the network: {problem}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where}: {problem['msg']}" if where else problem["msg"].removeprefix("Value error, ")
+
+
+def _with_tokenizer(folder: Path, description: Description) -> Description:
+    """Copy the tokenizer in and name the copy in the preprocessing."""
+    preprocessing = description.preprocessing
+    if not isinstance(preprocessing, TextPreprocessing):
+        return description
+    source = description.tokenizer or Path(preprocessing.tokenizer.path)
+    if not source.is_file():
+        raise ExportError(f"tokenizer: {str(source)!r} is no file; name the tokenizer.json of the network's texts")
+    copied = preprocessing.model_copy(update={"tokenizer": _write(folder, TOKENIZER_FILE, source.read_bytes())})
+    return replace(description, preprocessing=copied)
+
+
+def _check_preprocessing(preprocessing: Preprocessing, inputs: Sequence[Tensor]) -> None:
+    by_name = {tensor.name: tensor for tensor in inputs}
+    if isinstance(preprocessing, ImagePreprocessing):
+        image = (len(preprocessing.mode), preprocessing.height, preprocessing.width)
+        if len(inputs) != 1 or math.prod(inputs[0].shape) != math.prod(image) or inputs[0].dtype != "float32":
+            raise ExportError(
+                f"preprocessing: images become one float32 input of shape {image}; the network takes {_spell(inputs)}"
+            )
+        return
+    for name in filter(None, (preprocessing.ids, preprocessing.mask)):
+        if name not in by_name or by_name[name].shape != (preprocessing.length,):
+            raise ExportError(
+                f"preprocessing: texts become the input {name!r} of shape ({preprocessing.length},); "
+                f"the network takes {_spell(inputs)}"
+            )
+
+
+def _spell(inputs: Sequence[Tensor]) -> str:
+    return ", ".join(f"{tensor.name} {tensor.dtype} {tensor.shape}" for tensor in inputs)
+
+
+def _write(folder: Path, path: str, content: bytes) -> File:
+    (folder / path).write_bytes(content)
+    return File(path=path, sha256=hashlib.sha256(content).hexdigest())
