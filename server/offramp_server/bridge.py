@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class LoopBridge:
 
     def deliver(self, events: list[tuple[Submission, Progress | Result]]) -> None:
         """Take a dispatch's events; called on the engine's thread."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody is left who waits
             self._loop.call_soon_threadsafe(self._hand_out, events)
 
     async def answer(

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,14 +19,14 @@ from offramp_contract.errors import InvalidValue, NotReady, OfframpError, Unknow
 from offramp_runtime import Bundle, Device, open_bundle, open_device
 
 from offramp_server.admission import Admission
-from offramp_server.api.fields import read_routing
+from offramp_server.api.fields import NoLimits, read_routing
 from offramp_server.engine_settings import EngineSettings
 from offramp_server.inputs import conform
 from offramp_server.loop import DeviceLoop
-from offramp_server.messages import NoObserver, Observer, Progress, RequestOptions, Result
+from offramp_server.messages import Loaded, NoObserver, Observer, Progress, RequestOptions, Result
 from offramp_server.scheduler import Scheduler
 from offramp_server.served import Clock, ServedModel
-from offramp_server.settings import ServerSettings
+from offramp_server.shield import ShieldedObserver
 from offramp_server.submission import Listener, Sample, Submission
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Engine:
     ) -> None:
         self.device = device or open_device("auto")
         self.settings = settings or EngineSettings()
-        self._observer = observer or NoObserver()
+        self._observer = ShieldedObserver(observer or NoObserver())
         self._clock = clock
         self._admission = Admission(self.settings)
         self._cancel_signal = threading.Event()
@@ -115,6 +116,11 @@ class Engine:
         return self.why_not_ready is None
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs; false means that only a restart helps."""
+        return self._cause_of_death is None and self._thread.is_alive()
+
+    @property
     def num_inflight(self) -> int:
         """Admitted, unanswered rows."""
         return self._admission.num_inflight()
@@ -131,17 +137,20 @@ class Engine:
         chore = served.warm_up(self._clock, self.settings.warm_up_s)
         self._command(lambda: self._chores.append((chore, warmed)))
         warmed.result()
+        self._observer.model_added(_loaded(served))
         self._command(lambda: self._loop.add_model(served))
-        self._models = (*self._models, served)
+        with self._wakeup:
+            self._models = (*self._models, served)
         self._observer.inflight_changed(served.name, served.version, 0)
         return served
 
     def remove_model(self, served: ServedModel, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Stop admitting requests for a model, let those in flight finish, and unload it."""
-        self._models = tuple(model for model in self._models if model is not served)
+        with self._wakeup:  # a request is admitted under this lock: none slips in behind the wait below
+            self._models = tuple(model for model in self._models if model is not served)
         self._admission.wait_until_empty(served, timeout_s)
         error = NotReady(f"model {served.name!r} was unloaded")
-        self._command(lambda: self._loop.remove_model(served, error))
+        self._command(lambda: self._unload(served, error))
 
     def submit(
         self,
@@ -180,12 +189,13 @@ class Engine:
             with self._wakeup:
                 self._refuse_unless_ready(served)
                 num_inflight = self._admission.admit(served, submission.num_rows, options, submission.deadline_s - now)
-                self._commands.append(lambda: self._loop.enqueue(submission))
+                # Told before the engine can answer, so that the last number told is that of the last answer.
+                self._observer.inflight_changed(served.name, served.version, num_inflight)
+                self._commands.append(lambda: self._loop.enqueue(submission, now))
                 self._wakeup.notify()
         except OfframpError as error:
             self._observer.rejected(served.name, served.version, error.code)
             raise
-        self._observer.inflight_changed(served.name, served.version, num_inflight)
         return submission
 
     def classify(
@@ -204,7 +214,7 @@ class Engine:
             NotReady, Overloaded, DeadlineExceeded: If the request is not admitted.
         """
         served = self.model(model)
-        routing = read_routing(fields, served.manifest, served.calibration, ServerSettings(), wants_logits=True)
+        routing = read_routing(fields, served.manifest, served.calibration, NoLimits(), wants_logits=True)
         arrays = inputs if isinstance(inputs, dict) else {served.manifest.inputs[0].name: inputs}
         checked = conform(arrays, served.manifest, self.settings.max_inflight_samples, allow_single=True)
         waiter = _Waiter()
@@ -227,7 +237,8 @@ class Engine:
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and let those in flight finish; false if that takes longer than the timeout."""
-        self._is_draining = True
+        with self._wakeup:  # as in `remove_model`
+            self._is_draining = True
         return self._admission.wait_until_empty(None, timeout_s)
 
     def close(self) -> None:
@@ -243,6 +254,10 @@ class Engine:
             raise NotReady(reason)
         if served not in self._models:
             raise NotReady(f"model {served.name!r} is not loaded")
+
+    def _unload(self, served: ServedModel, error: OfframpError) -> None:
+        self._loop.remove_model(served, error)
+        self._observer.model_removed(served.name, served.version)
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wakeup:
@@ -298,10 +313,19 @@ class Engine:
         with self._wakeup:
             self._is_stopping = True
         error = NotReady(self.why_not_ready or "the engine is closed")
-        self._obey()
+        while self._commands:
+            with suppress(Exception):  # what killed the thread may have left anything behind it in any state
+                self._commands.popleft()()
         for _, done in self._chores:
             done.set_exception(error)
         self._loop.abandon(error)
+
+
+def _loaded(served: ServedModel) -> Loaded:
+    stages = tuple(
+        (stage.name, key.variant) for stage, key in zip(served.manifest.stages, served.queue_keys, strict=True)
+    )
+    return Loaded(served.name, served.version, stages, tuple(exit_.name for exit_ in served.manifest.exits))
 
 
 class _Waiter:

@@ -38,7 +38,9 @@ class EngineSettings:
             if count < 1:
                 raise InvalidValue(f"{name}: must be at least 1", field=name)
         times = {"max_wait_ms": self.max_wait_ms, "warm_up_s": self.warm_up_s, "fair_share_ms": self.fair_share_ms}
-        for name, value in (times | {"default_latency_ms": self.default_latency_ms or 1.0}).items():
+        if self.default_latency_ms is not None:
+            times["default_latency_ms"] = self.default_latency_ms
+        for name, value in times.items():
             if not value > 0:
                 raise InvalidValue(f"{name}: must be above 0", field=name)
         if not self.margin_ms >= 0:

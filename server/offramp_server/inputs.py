@@ -68,6 +68,9 @@ def conform(
         InvalidValue: Naming the input, what it must be and what it is.
         TooLarge: If there are more than `max_rows` rows.
     """
+    if set(arrays) != {tensor.name for tensor in manifest.inputs}:
+        names = ", ".join(tensor.name for tensor in manifest.inputs)
+        raise InvalidValue(f"inputs: must be exactly {names}; got {', '.join(arrays) or 'none'}", "inputs")
     inputs = {
         tensor.name: _conform_one(arrays[tensor.name], tensor, _field(tensor, manifest), max_rows, allow_single)
         for tensor in manifest.inputs

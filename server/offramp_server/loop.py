@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from offramp_contract.errors import Cancelled, DeadlineExceeded, NotFinite, OfframpError, StageFailed
@@ -20,9 +21,11 @@ from offramp_server.messages import Departure, Observer, Progress, RequestDone, 
 from offramp_server.router import route
 from offramp_server.scheduler import Dispatch, QueueKey, Scheduler
 from offramp_server.served import Clock, ServedModel
+from offramp_server.shield import tell
 from offramp_server.submission import Listener, Sample, Submission, exit_answer
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class DeviceLoop:
@@ -75,12 +78,13 @@ class DeviceLoop:
         self._settle(self._scheduler.remove_model(served.key), error)
         self._flush()
 
-    def enqueue(self, submission: Submission) -> None:
-        """Let a request's rows wait for the first stage."""
+    def enqueue(self, submission: Submission, since_s: float) -> None:
+        """Let a request's rows wait for the first stage, where they have waited since it was admitted."""
         self._owed[submission] = None
-        now = self._clock()
         for sample in submission.samples:
-            sample.enqueued_s = now
+            sample.enqueued_s = since_s
+        if submission.is_cancelled:  # before it stood anywhere: the signal may have come and gone
+            self._cancel_signal.set()
         self._scheduler.put(submission.served.queue_keys[0], submission.samples)
 
     def step(self) -> bool:
@@ -117,27 +121,46 @@ class DeviceLoop:
         served, stage, samples = self._models[dispatch.key.model], dispatch.key.stage, dispatch.samples
         started = self._clock()
         waited = tuple(started - sample.enqueued_s for sample in samples)
-        try:
-            feeds = self._gather(served, stage, samples)
-            output = served.executor.run(stage, feeds)
-        except Exception:
-            # Whatever a stage raises is its own rows' answer; the loop, and every other row, goes on.
-            logger.exception("stage %s of model %s failed", served.manifest.stages[stage].name, served.name)
-            self._settle(samples, StageFailed(f"stage {served.manifest.stages[stage].name!r} failed on this input"))
-            return
+        ran = self._attempt(served, stage, samples, lambda: self._execute(served, stage, samples))
         ran_s = self._clock() - started
+        if ran is None:
+            self._scheduler.charge(dispatch.key.model, ran_s)
+            return
+        feeds, output, logits_BC = ran
         for sample, queue_s in zip(samples, waited, strict=True):
             sample.stages += (stage,)
             sample.queue_s += queue_s
             sample.compute_s += ran_s
             sample.device_s += ran_s / len(samples)
-        survivors = self._route(served, dispatch.key, samples, output)
+        survivors = self._route(served, dispatch.key, samples, output.decision_BD, logits_BC)
         self._carry_on(served, stage, samples, survivors, feeds | output.carries)
         seconds = self._clock() - started
         served.profile.stages[stage].observe(len(samples), seconds)
+        served.tally.count_dispatch(stage, len(samples), seconds)
         self._scheduler.charge(dispatch.key.model, seconds)
         name = served.manifest.stages[stage].name
         self._observer.stage_ran(StageRun(served.name, served.version, name, dispatch.key.variant, seconds, waited))
+
+    def _attempt(
+        self, served: ServedModel, stage: int, samples: Sequence[Sample], device_work: Callable[[], T]
+    ) -> T | None:
+        """Do some rows' work on the device; whatever it raises is their answer, and every other row goes on."""
+        try:
+            return device_work()
+        except Exception:
+            name = served.manifest.stages[stage].name
+            logger.exception("stage %s of model %s failed", name, served.name)
+            self._settle(samples, StageFailed(f"stage {name!r} failed on this input"))
+            return None
+
+    def _execute(
+        self, served: ServedModel, stage: int, samples: Sequence[Sample]
+    ) -> tuple[dict[str, DeviceTensor], StageOutput, FloatArray | None]:
+        """Run a stage; gives what it read, what it wrote, and the exit's logits if a row needs them."""
+        feeds = self._gather(served, stage, samples)
+        output = served.executor.run(stage, feeds)
+        needs_logits = output.logits is not None and any(sample.needs_logits for sample in samples)
+        return feeds, output, served.executor.device.download(output.logits) if needs_logits else None
 
     def _gather(self, served: ServedModel, stage: int, samples: Sequence[Sample]) -> dict[str, DeviceTensor]:
         padded = [*samples, *[samples[-1]] * (served.manifest.min_batch - len(samples))]
@@ -147,14 +170,21 @@ class DeviceLoop:
             feeds[name] = served.executor.device.gather(tensors, rows)
         return feeds
 
-    def _route(self, served: ServedModel, key: QueueKey, samples: Sequence[Sample], output: StageOutput) -> list[int]:
+    def _route(
+        self,
+        served: ServedModel,
+        key: QueueKey,
+        samples: Sequence[Sample],
+        decision_BD: FloatArray | None,
+        logits_BC: FloatArray | None,
+    ) -> list[int]:
         """Answer the rows that leave; give the places of those that go on."""
         exit_index = served.manifest.stages[key.stage].exit
-        if exit_index is None or output.decision_BD is None:
+        if exit_index is None or decision_BD is None:
             return list(range(len(samples)))
-        decision_BD = output.decision_BD[: len(samples)]
+        decision_BD = decision_BD[: len(samples)]
         finite_B = Decision(decision_BD).is_finite_B
-        self._look(served, exit_index, samples, decision_BD, output.logits)
+        _look(exit_index, samples, decision_BD, logits_BC)
         if not finite_B.all():
             for sample in (samples[int(i)] for i in np.flatnonzero(~finite_B)):
                 self._settle([sample], _not_finite(served, exit_index, sample))
@@ -169,23 +199,6 @@ class DeviceLoop:
         going_on = [i for i, reason in zip(standing, reasons, strict=True) if reason is Reason.CONTINUE]
         self._report_progress([samples[i] for i in going_on])
         return going_on
-
-    def _look(
-        self,
-        served: ServedModel,
-        exit_index: int,
-        samples: Sequence[Sample],
-        decision_BD: FloatArray,
-        logits: DeviceTensor,
-    ) -> None:
-        """Let each row remember what the exit says about it."""
-        needs_logits = any(sample.needs_logits for sample in samples)
-        logits_BC = served.executor.device.download(logits) if needs_logits else None
-        for i, sample in enumerate(samples):
-            kept_C = logits_BC[i] if logits_BC is not None and sample.needs_logits else None
-            answer = exit_answer(exit_index, decision_BD[i], kept_C)
-            sample.see(answer)
-            sample.classes.append(int(answer.top_class_K[0]))
 
     def _reachable_by_s(self, served: ServedModel, key: QueueKey, num_rows: int) -> float:
         """Predict when rows that go on now could have their next exit's answer at the client."""
@@ -207,18 +220,19 @@ class DeviceLoop:
         """Queue the survivors for the next stage with what later stages read, and nothing else."""
         if not survivors:
             return
+        staying = [samples[i] for i in survivors]
         live = served.live_after[stage]
-        kept = {name: tensor for name, tensor in tensors.items() if name in live}
-        if len(survivors) < len(samples):
-            kept = {name: served.executor.device.take(tensor, survivors) for name, tensor in kept.items()}
+        places = None if len(survivors) == len(samples) else survivors
+        kept = self._attempt(served, stage, staying, lambda: _keep(served, tensors, live, places))
+        if kept is None:
+            return
         now = self._clock()
-        for place, i in enumerate(survivors):
-            sample = samples[i]
+        for place, sample in enumerate(staying):
             sample.carries = {name: carry for name, carry in sample.carries.items() if name in live}
             for name, tensor in kept.items():
                 sample.carries[name] = (tensor, place)
             sample.enqueued_s = now
-        self._scheduler.put(served.queue_keys[stage + 1], [samples[i] for i in survivors])
+        self._scheduler.put(served.queue_keys[stage + 1], staying)
 
     def _report_progress(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
@@ -237,6 +251,9 @@ class DeviceLoop:
 
     def _settle(self, samples: Sequence[Sample], answer: RowAnswer | OfframpError) -> None:
         """Give rows their one answer, and the requests whose last row that was their result."""
+        if isinstance(answer, OfframpError):
+            for served, num_rows in Counter(sample.submission.served for sample in samples).items():
+                self._observer.rows_failed(served.name, served.version, answer.code, num_rows)
         for sample in samples:
             submission = sample.submission
             sample.carries = {}
@@ -245,7 +262,9 @@ class DeviceLoop:
             if is_complete:
                 del self._owed[submission]
                 now = self._clock()
-                self._post(submission, submission.result(now))
+                result = submission.result(now)
+                submission.served.tally.count_request(result, submission.outcome())
+                self._post(submission, result)
                 self._observer.request_done(_done(submission, now))
 
     def _post(self, submission: Submission, event: Progress | Result) -> None:
@@ -255,7 +274,7 @@ class DeviceLoop:
         """Hand the round's events over, once per listener."""
         outbox, self._outbox = self._outbox, {}
         for listener, events in outbox.items():
-            listener.deliver(events)
+            tell(listener.deliver, events)
         if self._departures:
             departures, self._departures = self._departures, []
             self._observer.rows_left(departures)
@@ -263,6 +282,25 @@ class DeviceLoop:
             settled, self._settled = self._settled, Counter()
             for served, num_rows in settled.items():
                 self._on_settled(served, num_rows)
+
+
+def _keep(
+    served: ServedModel, tensors: dict[str, DeviceTensor], live: set[str], places: list[int] | None
+) -> dict[str, DeviceTensor]:
+    """Compact what is live to the rows at some places; None keeps all rows."""
+    kept = {name: tensor for name, tensor in tensors.items() if name in live}
+    if places is None:
+        return kept
+    return {name: served.executor.device.take(tensor, places) for name, tensor in kept.items()}
+
+
+def _look(exit_index: int, samples: Sequence[Sample], decision_BD: FloatArray, logits_BC: FloatArray | None) -> None:
+    """Let each row remember what the exit says about it."""
+    for i, sample in enumerate(samples):
+        kept_C = logits_BC[i] if logits_BC is not None and sample.needs_logits else None
+        answer = exit_answer(exit_index, decision_BD[i], kept_C)
+        sample.see(answer)
+        sample.classes.append(int(answer.top_class_K[0]))
 
 
 def _departure(served: ServedModel, answer: RowAnswer) -> Departure:

@@ -126,6 +126,21 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model is served from now on. Everything observed about it names one of these stages and exits.
+
+    Attributes:
+        stages: Name and variant of each stage.
+        exits: Names of the exits, the final one last.
+    """
+
+    model: str
+    version: str
+    stages: tuple[tuple[str, str], ...]
+    exits: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StageRun:
     """One dispatch: a stage ran once, over rows of any number of requests."""
 
@@ -173,11 +188,20 @@ class RequestDone:
 class Observer(Protocol):
     """Is told what happens; `metrics` implements it. Calls come from several threads and must be quick."""
 
+    def model_added(self, loaded: Loaded) -> None:
+        """A model is about to be served. The same model and version may be loaded several times at once."""
+
+    def model_removed(self, model: str, version: str) -> None:
+        """One load of a model has answered its last request and is gone."""
+
     def stage_ran(self, run: StageRun) -> None:
         """A dispatch has finished."""
 
     def rows_left(self, departures: list[Departure]) -> None:
         """Rows of one dispatch have been answered."""
+
+    def rows_failed(self, model: str, version: str, reason: str, num_samples: int) -> None:
+        """Rows have been answered with an error; `reason` is its code."""
 
     def request_done(self, done: RequestDone) -> None:
         """An admitted request has got its answer."""
@@ -193,10 +217,19 @@ class Observer(Protocol):
 class NoObserver:
     """Looks away: for in-process use without metrics."""
 
+    def model_added(self, loaded: Loaded) -> None:
+        """Ignore it."""
+
+    def model_removed(self, model: str, version: str) -> None:
+        """Ignore it."""
+
     def stage_ran(self, run: StageRun) -> None:
         """Ignore it."""
 
     def rows_left(self, departures: list[Departure]) -> None:
+        """Ignore it."""
+
+    def rows_failed(self, model: str, version: str, reason: str, num_samples: int) -> None:
         """Ignore it."""
 
     def request_done(self, done: RequestDone) -> None:
@@ -211,6 +244,6 @@ class NoObserver:
 
 Inputs = dict[str, np.ndarray]
 __all__ = [
-    "Combine", "Departure", "ExitAnswer", "Inputs", "NoObserver", "Observer", "OnMiss", "Outcome", "Progress",
+    "Combine", "Departure", "ExitAnswer", "Inputs", "Loaded", "NoObserver", "Observer", "OnMiss", "Outcome", "Progress",
     "RequestDone", "RequestOptions", "Result", "RowAnswer", "StageRun",
 ]  # fmt: skip

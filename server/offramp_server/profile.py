@@ -6,6 +6,7 @@ time (Jacobson 1988; RFC 6298). Milliseconds belong to the machine, so a profile
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, median
 
 MEAN_GAIN = 1 / 16
@@ -34,12 +35,14 @@ class StageProfile:
         self._max_batch = max_batch
         self._num_observed = 0
         self._knee = 1
+        self._predictions: dict[int, tuple[float, float]] = {}
 
     def calibrate(self, batch: int, seconds: Sequence[float]) -> None:
         """Add a profiled batch size, larger than those before, from several timed runs."""
         middle = max(median(seconds), 1e-9)
         deviation = fmean(abs(s - middle) for s in seconds) / middle
         self._points.append(_Point(batch, middle, max(deviation, LEAST_DEVIATION)))
+        self._settle(0)
         self._knee = self._find_knee()
 
     def observe(self, batch: int, seconds: float) -> None:
@@ -49,28 +52,50 @@ class StageProfile:
         core) counts as at most `OUTLIER` times the prediction: a lasting change still gets through, a blip does not.
         """
         ratio = min(seconds / self.mean_s(batch), OUTLIER)
-        for point in self._neighbours(batch):
+        neighbours = self._neighbours(batch)
+        for point in neighbours:
             point.deviation += DEVIATION_GAIN * (abs(ratio - 1.0) - point.deviation)
             point.deviation = max(point.deviation, LEAST_DEVIATION)
             point.mean_s *= 1.0 + MEAN_GAIN * (ratio - 1.0)
+        self._settle(self._points.index(neighbours[0]))
         self._num_observed += 1
         if self._num_observed % REFRESH_KNEE_EVERY == 0:
             self._knee = self._find_knee()
 
     def mean_s(self, batch: int) -> float:
         """Expect this many seconds at a batch size: linear between profiled sizes, and beyond the last."""
+        return self._predict(batch)[0]
+
+    def bound_s(self, batch: int) -> float:
+        """Expect rarely more than this many seconds: mean + 4 mean deviations."""
+        return self._predict(batch)[1]
+
+    def _predict(self, batch: int) -> tuple[float, float]:
+        # The scheduler asks a dozen times per round for the same few sizes.
+        known = self._predictions.get(batch)
+        if known is None:
+            mean_s = self._interpolate(batch)
+            deviation = max(point.deviation for point in self._neighbours(batch))
+            known = self._predictions[batch] = (mean_s, mean_s * (1.0 + DEVIATIONS * deviation))
+        return known
+
+    def _interpolate(self, batch: int) -> float:
         points = self._points
         if len(points) == 1 or batch <= points[0].batch:
             return points[0].mean_s * max(batch / points[0].batch, 1.0)
         index = next((i for i, point in enumerate(points) if point.batch >= batch), len(points) - 1)
         low, high = points[index - 1], points[index]
         slope = (high.mean_s - low.mean_s) / (high.batch - low.batch)
-        return max(low.mean_s + slope * (batch - low.batch), low.mean_s)
+        return low.mean_s + slope * (batch - low.batch)
 
-    def bound_s(self, batch: int) -> float:
-        """Expect rarely more than this many seconds: mean + 4 mean deviations."""
-        deviation = max(point.deviation for point in self._neighbours(batch))
-        return self.mean_s(batch) * (1.0 + DEVIATIONS * deviation)
+    def _settle(self, fresh: int) -> None:
+        """Keep the means from falling with the batch size: what one point has just learnt holds for its neighbours."""
+        points = self._points
+        for larger, smaller in pairwise(reversed(points[: fresh + 1])):
+            smaller.mean_s = min(smaller.mean_s, larger.mean_s)
+        for smaller, larger in pairwise(points[fresh:]):
+            larger.mean_s = max(larger.mean_s, smaller.mean_s)
+        self._predictions = {}
 
     @property
     def knee(self) -> int:

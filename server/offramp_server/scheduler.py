@@ -4,7 +4,8 @@ One scheduler serves one device. It holds a queue per (model, stage, variant), o
 when asked for one: work waits only because the device is busy. Rows that wait for the same stage run together,
 whatever batch they came from (continuous, stage-level batching).
 
-* No batch breaks a promise: a dispatch's predicted time is capped by the tightest slack in play.
+* No batch breaks a promise: a dispatch's predicted time is capped by the tightest slack in play, and where even one row
+  would break another's promise, a queue whose dispatch breaks none goes first.
 * When a dispatch would cost some row its chance of one more exit, the row with the least laxity goes first. Otherwise
   the queue that comes closest to its stage's best throughput does, ties to the deepest, which bounds the carries held.
 * Models that wait at the same time share the device's seconds evenly (start-time fair queueing, Goyal 1996).
@@ -47,10 +48,14 @@ class QueueKey:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch(Generic[W]):
-    """Samples that run one stage together, earliest deadline first."""
+    """Samples that run one stage together, earliest deadline first; rows that are late anyway may come last."""
 
     key: QueueKey
     samples: list[W]
+
+
+def _deadline_of(entry: tuple[float, int, object]) -> float:
+    return entry[0]
 
 
 @dataclass(slots=True)
@@ -68,6 +73,17 @@ class _Queue(Generic[W]):
     def needed_s(self) -> float:
         """Seconds from dispatch to the next exit, for one row."""
         return self.profile.to_next_answer_s(self.key.stage, 1)
+
+    def take(self, first: int, num: int) -> list[W]:
+        """Remove and give some samples that wait side by side."""
+        taken = [entry[2] for entry in self.entries[first : first + num]]
+        del self.entries[first : first + num]
+        return taken
+
+    def first_deadline_from(self, time_s: float) -> float:
+        """The earliest deadline here that is not before a time; infinite if there is none."""
+        index = bisect_left(self.entries, time_s, key=_deadline_of)
+        return self.entries[index][0] if index < len(self.entries) else math.inf
 
 
 @dataclass(slots=True)
@@ -87,6 +103,7 @@ class _Candidate(Generic[W]):
     slack_s: float
     own_slack_s: float
     size: int = 1
+    breaks_a_promise: bool = False
 
     @property
     def predicted_s(self) -> float:
@@ -116,6 +133,7 @@ class Scheduler(Generic[W]):
         self._fair_share_s = fair_share_s
         self._queues: dict[QueueKey, _Queue[W]] = {}
         self._shares: dict[str, _Share] = {}
+        self._virtual_s = 0.0
         self._arrivals = count()
 
     def __len__(self) -> int:
@@ -137,8 +155,8 @@ class Scheduler(Generic[W]):
     def put(self, key: QueueKey, samples: Sequence[W]) -> None:
         """Let samples wait for a stage."""
         queue, share = self._queues[key], self._shares[key.model]
-        if share.num_waiting == 0:
-            self._catch_up(share)
+        if share.num_waiting == 0:  # idling earns no credit
+            share.used_s = max(share.used_s, self._virtual_s)
         share.num_waiting += len(samples)
         for sample in samples:
             insort(queue.entries, (sample.deadline_s, next(self._arrivals), sample))
@@ -180,14 +198,19 @@ class Scheduler(Generic[W]):
         waiting = [_Candidate(queue, *self._slacks(queue, now)) for queue in self._queues.values() if queue.entries]
         if not waiting:
             return None
-        for candidate in waiting:
-            others_s = (other.slack_s for other in waiting if other is not candidate)
-            candidate.size = self._batch_size(candidate.queue, min(candidate.own_slack_s, *others_s, math.inf))
         fair = self._within_share(waiting)
-        best = max(fair, key=lambda candidate: (candidate.efficiency, candidate.queue.key.stage))
-        urgent = [candidate for candidate in fair if 0.0 <= candidate.laxity_s < best.predicted_s]
-        chosen = min(urgent, key=lambda candidate: candidate.laxity_s) if urgent else best
-        return self._pop(chosen.queue, chosen.size)
+        if len(waiting) == 1:
+            only = waiting[0]
+            only.size = self._batch_size(only.queue, only.own_slack_s)
+            return self._pop(only, now)
+        for candidate in waiting:
+            others_s = min(other.slack_s for other in waiting if other is not candidate)
+            candidate.size = self._batch_size(candidate.queue, min(candidate.own_slack_s, others_s))
+            candidate.breaks_a_promise = candidate.predicted_s > others_s
+        safe = [candidate for candidate in fair if not candidate.breaks_a_promise] or fair
+        best = max(safe, key=lambda candidate: (candidate.efficiency, candidate.queue.key.stage))
+        urgent = [candidate for candidate in safe if 0.0 <= candidate.laxity_s < best.predicted_s]
+        return self._pop(min(urgent, key=lambda candidate: candidate.laxity_s) if urgent else best, now)
 
     def _slacks(self, queue: _Queue[W], now: float) -> tuple[float, float, float]:
         """Measure the most pressing row of a queue that can still be on time.
@@ -197,12 +220,12 @@ class Scheduler(Generic[W]):
             else before it can no longer be answered in time. Its own slack: seconds a dispatch that includes it may
             take. Rows that are late whatever happens press nobody.
         """
-        needed_s, alone_s = queue.needed_s, queue.profile.bound_s(queue.key.stage, 1)
-        free_s = [deadline - now - self._margin_s for deadline, _, _ in queue.entries]
-        to_exit_s = next((free - needed_s for free in free_s if free >= needed_s), math.inf)
+        handed_over_s = now + self._margin_s
+        reached_s = handed_over_s + queue.needed_s
+        to_exit_s = queue.first_deadline_from(reached_s) - reached_s
         if not queue.holds_answers:
-            return to_exit_s, to_exit_s, to_exit_s + alone_s
-        in_hand_s = next((free for free in free_s if free >= 0.0), math.inf)
+            return to_exit_s, to_exit_s, to_exit_s + queue.profile.bound_s(queue.key.stage, 1)
+        in_hand_s = queue.first_deadline_from(handed_over_s) - handed_over_s
         return to_exit_s, in_hand_s, in_hand_s
 
     def _batch_size(self, queue: _Queue[W], slack_s: float) -> int:
@@ -214,26 +237,36 @@ class Scheduler(Generic[W]):
         return size
 
     def _within_share(self, waiting: list[_Candidate[W]]) -> list[_Candidate[W]]:
+        """Leave out the models that are ahead; the least-served that waits sets the virtual time, which never falls."""
         least_s = min(self._shares[candidate.queue.key.model].used_s for candidate in waiting)
+        self._virtual_s = max(self._virtual_s, least_s)
         limit_s = least_s + self._fair_share_s
         return [candidate for candidate in waiting if self._shares[candidate.queue.key.model].used_s <= limit_s]
 
-    def _catch_up(self, share: _Share) -> None:
-        """Idling earns no credit: a model that comes back starts level with the least-served that waits."""
-        active = [other.used_s for other in self._shares.values() if other.num_waiting > 0]
-        share.used_s = max(share.used_s, min(active, default=share.used_s))
-
-    def _pop(self, queue: _Queue[W], size: int) -> Dispatch[W]:
-        samples = [entry[2] for entry in queue.entries[:size]]
-        del queue.entries[:size]
-        self._shares[queue.key.model].num_waiting -= size
+    def _pop(self, chosen: _Candidate[W], now: float) -> Dispatch[W]:
+        queue = chosen.queue
+        first = self._first_place(chosen, now)
+        samples = queue.take(first, chosen.size)
+        samples += queue.take(0, chosen.size - len(samples))
+        self._shares[queue.key.model].num_waiting -= len(samples)
         return Dispatch(queue.key, samples)
 
+    def _first_place(self, chosen: _Candidate[W], now: float) -> int:
+        """Give the place its batch starts at: behind the rows that are late anyway if one behind them cannot wait."""
+        entries = chosen.queue.entries
+        reached_s = now + self._margin_s + chosen.queue.needed_s
+        num_late = bisect_left(entries, reached_s, key=_deadline_of)
+        left_behind = max(chosen.size, num_late)
+        if left_behind == len(entries) or entries[left_behind][0] - reached_s >= chosen.predicted_s:
+            return 0
+        return num_late
+
     def _take_late(self, queue: _Queue[W], reachable_from: float) -> list[W]:
-        scanned = bisect_left(queue.entries, reachable_from, key=lambda entry: entry[0])
+        scanned = bisect_left(queue.entries, reachable_from, key=_deadline_of)
         front = queue.entries[:scanned]
-        late = [entry for entry in front if queue.holds_answers or entry[2].may_be_dropped]
-        if late:
-            queue.entries[:scanned] = [entry for entry in front if entry not in late]
-            self._shares[queue.key.model].num_waiting -= len(late)
-        return [entry[2] for entry in late]
+        staying = [entry for entry in front if not (queue.holds_answers or entry[2].may_be_dropped)]
+        if len(staying) == scanned:
+            return []
+        queue.entries[:scanned] = staying
+        self._shares[queue.key.model].num_waiting -= scanned - len(staying)
+        return [entry[2] for entry in front if queue.holds_answers or entry[2].may_be_dropped]

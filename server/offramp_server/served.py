@@ -1,6 +1,7 @@
 """A model as the engine serves it: its stages on the device, its measured profile, and what follows from both."""
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import TypeAlias
 
 import numpy as np
@@ -11,12 +12,14 @@ from offramp_runtime import Bundle, Device, DeviceTensor, StageExecutor
 
 from offramp_server.profile import Profile
 from offramp_server.scheduler import QueueKey
+from offramp_server.tally import Tally
 
 Clock: TypeAlias = Callable[[], float]
 """Gives seconds; `time.monotonic` in service, a simulated clock in tests."""
 
 VERSION_LENGTH = 12
 WARM_UP_RUNS = 5
+_loads = count()
 
 
 class ServedModel:
@@ -28,6 +31,7 @@ class ServedModel:
         bundle: The opened bundle.
         executor: Its stages on the device; touched by the engine's thread only.
         profile: How long its stages take here.
+        tally: What it has done so far; written by the engine's thread only.
     """
 
     def __init__(self, name: str, bundle: Bundle, device: Device, max_batch: int) -> None:
@@ -39,11 +43,13 @@ class ServedModel:
         self.executor = StageExecutor(bundle, device)
         self.max_batch = min(max_batch, self.manifest.max_batch or max_batch)
         self.num_exits = len(self.manifest.exits)
-        self.key = f"{name}@{bundle.manifest.model_digest}"
+        # Every load has a key of its own: the same model may be loaded again while an earlier load still drains.
+        self.key = f"{name}@{self.version}#{next(_loads)}"
         stages = self.manifest.stages
         self.profile = Profile([exit_.stage for exit_ in self.manifest.exits], len(stages), self.max_batch)
         self.queue_keys = [QueueKey(self.key, index, self.manifest.precision) for index in range(len(stages))]
         self.live_after = [{name for later in stages[i + 1 :] for name in later.inputs} for i in range(len(stages))]
+        self.tally = Tally()
         self._flops = [stage.flops for stage in stages]
 
     def depth_of(self, stages: tuple[int, ...]) -> float:
@@ -70,7 +76,7 @@ class ServedModel:
             expected_s = sum(stage.mean_s(size) for stage in self.profile.stages) if size > 1 else 0.0
             if expected_s * (1 + WARM_UP_RUNS) > budget_s - spent_s:
                 return
-            carries = self._random_inputs(rng, size)
+            carries = self._random_inputs(rng, max(size, self.manifest.min_batch))
             for index in range(num_stages):
                 seconds = []
                 for _ in range(WARM_UP_RUNS + 1):

@@ -4,15 +4,19 @@ One source of truth: each field is a flag of `offramp serve`, an environment var
 TOML file given as `config`, in this order of precedence.
 """
 
+import logging
+import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from offramp_contract.errors import InvalidValue
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
 from offramp_server.engine_settings import EngineSettings
+
+logger = logging.getLogger("offramp.server")
 
 MIB = 2**20
 
@@ -96,13 +100,14 @@ class ServerSettings(BaseSettings):
         600_000.0,
         gt=0,
         allow_inf_nan=False,
-        description="Largest budget a request may name; above it the answer is 422. Lower bounds how long work may queue.",
+        description="Largest budget a request may name; above it the answer is 422. Lower bounds how long work may "
+        "queue.",
     )
     depth_floor: int = Field(
         0,
         ge=0,
-        description="No request leaves voluntarily before this exit. Higher guards quality against careless thresholds; "
-        "0 leaves it to the requests.",
+        description="No request leaves voluntarily before this exit. Higher guards quality against careless "
+        "thresholds; 0 leaves it to the requests.",
     )
     depth_cap: int | None = Field(
         None,
@@ -168,8 +173,8 @@ class ServerSettings(BaseSettings):
         75,
         ge=0,
         le=3600,
-        description="Seconds an idle connection stays open. Keep it above the load balancer's own, so that the balancer "
-        "closes first; lower frees connections sooner and costs clients new handshakes.",
+        description="Seconds an idle connection stays open. Keep it above the load balancer's own, so that the "
+        "balancer closes first; lower frees connections sooner and costs clients new handshakes.",
     )
 
     api_key: SecretStr | None = Field(
@@ -183,12 +188,25 @@ class ServerSettings(BaseSettings):
         description="Allow /v2/repository/models/{m}/load and unload. On, whoever may call the server may also change "
         "what it serves; off answers 403.",
     )
+    repository_poll_s: float = Field(
+        5.0,
+        ge=0,
+        le=86_400,
+        description="How often the repository is looked through for new, changed and removed bundles, which are then "
+        "loaded, swapped in and unloaded while the server runs; 0 never looks. Lower notices sooner.",
+    )
+    default_model: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="Model that answers requests naming none. Unset: the only one served; with several such requests "
+        "are refused.",
+    )
     drain_timeout_s: float = Field(
         30.0,
         ge=0,
         le=3600,
-        description="After SIGTERM, how long admitted requests may take before they are answered with an error. Keep it "
-        "below the orchestrator's kill delay.",
+        description="After SIGTERM, how long admitted requests may take before they are answered with an error. "
+        "Keep it below the orchestrator's kill delay.",
     )
     access_log: bool = Field(
         False, description="Log a line per request. Costs some microseconds each; /metrics counts them without it."
@@ -196,6 +214,15 @@ class ServerSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe message that is logged. debug adds one line per refused request."
     )
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _is_no_service_link(cls, value: object) -> object:
+        if isinstance(value, str) and value.startswith("tcp://"):
+            raise ValueError(
+                "this is Kubernetes' own OFFRAMP_PORT for a service named offramp; set enableServiceLinks: false"
+            )
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -229,6 +256,10 @@ class ServerSettings(BaseSettings):
         Raises:
             InvalidValue: With a sentence that names the setting and says what is wrong.
         """
+        known = {f"OFFRAMP_{name.upper()}" for name in cls.model_fields}
+        for name in sorted(os.environ):
+            if name.startswith("OFFRAMP_") and name not in known:
+                logger.warning("environment variable %s is no setting of the server; it is ignored", name)
         try:
             return cls(**{name: value for name, value in given.items() if value is not None})
         except ValidationError as error:

@@ -7,7 +7,7 @@ values written as text are read as numbers, lists or objects where the field hol
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import orjson
 from offramp_contract.calibration import Calibration, Certificate, OperatingPoint
@@ -17,7 +17,6 @@ from offramp_contract.policy_spec import KINDS, PolicySpec, compile_policy, pars
 from offramp_contract.statistics import MAX_TOP
 
 from offramp_server.messages import RequestOptions
-from offramp_server.settings import ServerSettings
 
 FIELDS: Final = (
     "policy", "threshold", "patience", "latency_ms", "compute", "accuracy", "risk", "min_exit", "max_exit",
@@ -28,6 +27,31 @@ COMBINATIONS: Final = ("last", "mean", "geometric")
 ON_MISS: Final = ("answer", "reject")
 
 Fields = Mapping[str, Any]
+
+
+class Limits(Protocol):
+    """What the operator allows a request to ask for; `ServerSettings` is one."""
+
+    @property
+    def max_latency_ms(self) -> float:
+        """Largest budget a request may name."""
+
+    @property
+    def depth_floor(self) -> int:
+        """No voluntary exit before this one."""
+
+    @property
+    def depth_cap(self) -> int | None:
+        """No stage beyond this exit."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoLimits:
+    """No operator stands between the caller and the model: in-process use."""
+
+    max_latency_ms: float = math.inf
+    depth_floor: int = 0
+    depth_cap: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +73,7 @@ def read_routing(
     fields: Fields,
     manifest: Manifest,
     calibration: Calibration,
-    settings: ServerSettings,
+    limits: Limits,
     *,
     wants_progress: bool = False,
     wants_logits: bool = False,
@@ -60,7 +84,7 @@ def read_routing(
         fields: Any of `FIELDS`, typed; None counts as not given. See `fields_of_text` for values written as text.
         manifest: The model.
         calibration: Its operating points.
-        settings: The operator's limits.
+        limits: The operator's limits.
         wants_progress: Passed on to the engine.
         wants_logits: Passed on to the engine.
 
@@ -71,12 +95,12 @@ def read_routing(
     _refuse_unknown(given)
     _refuse_gates(given)
     spec, point, certificate = _chosen_policy(given, manifest, calibration)
-    min_exit, max_exit = _exit_range(given, len(manifest.exits), settings)
+    min_exit, max_exit = _exit_range(given, len(manifest.exits), limits)
     options = RequestOptions(
         policy=compile_policy(spec, len(manifest.exits)),
         policy_spec=spec,
         operating_point=point.name if point is not None else None,
-        latency_ms=_latency(given, settings),
+        latency_ms=_latency(given, limits),
         min_exit=min_exit,
         max_exit=max_exit,
         combine=_one_of(given, "combine", COMBINATIONS),
@@ -178,10 +202,10 @@ def _risk(written: object) -> tuple[float, float]:
     return _number(written, "epsilon", 0.0, 1.0, "risk.epsilon"), _number(written, "delta", 0.0, 1.0, "risk.delta")
 
 
-def _exit_range(given: Fields, num_exits: int, settings: ServerSettings) -> tuple[int, int | None]:
+def _exit_range(given: Fields, num_exits: int, limits: Limits) -> tuple[int, int | None]:
     final = num_exits - 1
-    floor = min(settings.depth_floor, final)
-    cap = final if settings.depth_cap is None else min(settings.depth_cap, final)
+    floor = min(limits.depth_floor, final)
+    cap = final if limits.depth_cap is None else min(limits.depth_cap, final)
     min_exit = _integer(given, "min_exit", 0, cap, default=floor)
     max_exit = _integer(given, "max_exit", floor, cap, default=cap)
     if "max_exit" in given and "min_exit" in given and min_exit > max_exit:
@@ -189,10 +213,10 @@ def _exit_range(given: Fields, num_exits: int, settings: ServerSettings) -> tupl
     return min(max(min_exit, floor), max_exit), max_exit if max_exit < final else None
 
 
-def _latency(given: Fields, settings: ServerSettings) -> float | None:
+def _latency(given: Fields, limits: Limits) -> float | None:
     if "latency_ms" not in given:
         return None
-    return _number(given, "latency_ms", 0.0, settings.max_latency_ms, above=True)
+    return _number(given, "latency_ms", 0.0, limits.max_latency_ms, above=True)
 
 
 def _number(

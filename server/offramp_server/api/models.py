@@ -1,0 +1,108 @@
+"""`GET /v1/models…`: what is served and what may be asked of it."""
+
+from typing import Any
+
+import orjson
+from offramp_contract.manifest import Manifest
+from offramp_contract.policy_spec import KINDS
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from offramp_server.api.fields import COMBINATIONS, ON_MISS
+from offramp_server.context import context_of
+from offramp_server.served import ServedModel
+
+
+def routes() -> list[Route]:
+    """Give the routes that describe models."""
+    return [
+        Route("/v1/models", list_models, methods=["GET"]),
+        Route("/v1/models/{model}", describe_model, methods=["GET"]),
+        Route("/v1/models/{model}/operating-points", list_operating_points, methods=["GET"]),
+    ]
+
+
+async def list_models(request: Request) -> Response:
+    """List the served models, the newest version of each."""
+    return _json({"models": [_summary(served) for served in context_of(request).repository.served()]})
+
+
+async def describe_model(request: Request) -> Response:
+    """Describe one model: inputs, labels, stages, exits, policies, costs."""
+    served = context_of(request).repository.find(request.path_params["model"])
+    manifest = served.manifest
+    return _json(
+        {
+            **_summary(served),
+            "precision": manifest.precision,
+            "inputs": [tensor.model_dump(mode="json") for tensor in manifest.inputs],
+            "preprocessing": _preprocessing(manifest),
+            "labels": manifest.labels,
+            "stages": _stages(served),
+            "exits": _exits(manifest),
+            "default_policy": manifest.default_policy.model_dump(mode="json"),
+            "policies": KINDS,
+            "combine": COMBINATIONS,
+            "on_miss": ON_MISS,
+            "num_operating_points": len(served.calibration.operating_points),
+            "provenance": manifest.provenance.model_dump(mode="json"),
+        }
+    )
+
+
+async def list_operating_points(request: Request) -> Response:
+    """List a model's calibrated operating points, cheapest first."""
+    served = context_of(request).repository.find(request.path_params["model"])
+    points = sorted(served.calibration.operating_points, key=lambda point: point.compute)
+    return _json(
+        {
+            "model": served.name,
+            "version": served.version,
+            "operating_points": [point.model_dump(mode="json") for point in points],
+        }
+    )
+
+
+def _summary(served: ServedModel) -> dict[str, Any]:
+    manifest = served.manifest
+    return {
+        "name": served.name,
+        "version": served.version,
+        "task": manifest.task,
+        "num_stages": len(manifest.stages),
+        "num_exits": len(manifest.exits),
+        "num_classes": manifest.exits[-1].num_classes,
+    }
+
+
+def _preprocessing(manifest: Manifest) -> dict[str, Any] | None:
+    if manifest.preprocessing is None:
+        return None
+    return manifest.preprocessing.model_dump(mode="json", exclude={"tokenizer"})
+
+
+def _stages(served: ServedModel) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": stage.name,
+            "exit": stage.exit,
+            "flops": stage.flops,
+            "carry_bytes": stage.carry_bytes,
+            "measured_ms": {str(batch): round(s * 1e3, 4) for batch, s in measured.items()},
+        }
+        for stage, measured in zip(
+            served.manifest.stages, (profile.measured for profile in served.profile.stages), strict=True
+        )
+    ]
+
+
+def _exits(manifest: Manifest) -> list[dict[str, Any]]:
+    return [
+        {"index": index, "name": exit_.name, "stage": manifest.stages[exit_.stage].name, "depth": round(depth, 6)}
+        for index, (exit_, depth) in enumerate(zip(manifest.exits, manifest.exit_depths, strict=True))
+    ]
+
+
+def _json(document: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(document), media_type="application/json")

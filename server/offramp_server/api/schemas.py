@@ -1,0 +1,236 @@
+"""The shapes of requests and answers, for the OpenAPI document only: no request is checked by these."""
+
+from typing import Annotated, Any, Literal
+
+from offramp_contract.calibration import OperatingPoint
+from offramp_contract.manifest import Tensor
+from offramp_contract.policy_spec import PolicySpec
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PolicyName = Literal["confidence", "entropy", "margin", "agreement", "patience"]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Risk(_Document):
+    """The share of answers that differ from full depth is at most epsilon, with probability 1 - delta."""
+
+    epsilon: Share
+    delta: Share
+
+
+class RoutingFields(_Document):
+    """How the rows of a request are routed. All optional; the model's default policy holds where none is given."""
+
+    policy: PolicyName | PolicySpec | None = Field(None, description="A kind's name, or an object with its parameters.")
+    threshold: Share | list[Share] | None = Field(
+        None, description="Beside a kind's name: one number, or one per non-final exit."
+    )
+    patience: int | None = Field(None, ge=1, description="Beside the kind `patience`.")
+    latency_ms: float | None = Field(
+        None,
+        gt=0,
+        description="Hard budget from the request's arrival to its answer; at a boundary that would break it the row "
+        "leaves with the answer it has, reason `deadline`.",
+    )
+    compute: float | None = Field(
+        None, gt=0, le=1, description="Soft budget: the average share of full compute; picks a calibrated point."
+    )
+    accuracy: Share | None = Field(None, description="Least accuracy; picks the cheapest point certified for it.")
+    risk: Risk | None = Field(None, description="Bound on differing from full depth; picks a certified point.")
+    min_exit: int | None = Field(None, ge=0, description="No voluntary exit before this one.")
+    max_exit: int | None = Field(None, ge=0, description="No stage beyond this exit.")
+    gate_threshold: Share | None = Field(None, description="For networks with gates.")
+    gates: Literal["own", "open", "shut"] | int | None = Field(None, description="For networks with gates.")
+    combine: Literal["last", "mean", "geometric"] | None = Field(
+        None, description="How the answer combines the exits seen; default last."
+    )
+    on_miss: Literal["answer", "reject"] | None = Field(
+        None, description="When not even the first exit can answer in time: answer late (default) or reject with 504."
+    )
+    top_k: int | None = Field(None, ge=1, le=5, description="How many leading classes the answer lists; default 5.")
+    explain: bool | None = Field(None, description="Add the answer of every exit seen on the way.")
+
+
+class ClassifyRequest(RoutingFields):
+    """A classify request as JSON: exactly one of `inputs`, `image` and `text`."""
+
+    inputs: list[Any] | dict[str, list[Any]] | None = Field(
+        None, description="One row or a batch as nested lists; an object of them by name for several inputs."
+    )
+    image: str | list[str] | None = Field(None, description="Base64 of an encoded image, or a list of them.")
+    text: str | list[str] | None = Field(None, description="A text, or a list of them.")
+
+
+class ClassProbability(_Document):
+    """One class and its probability."""
+
+    label: str
+    class_id: int
+    probability: Share
+
+
+class ExitPlace(_Document):
+    """Which exit."""
+
+    index: int
+    name: str
+    of: int = Field(description="Number of exits of the model.")
+
+
+class ExitTaken(ExitPlace):
+    """The exit a row left at, and why."""
+
+    reason: Literal[
+        "confident", "entropy", "margin", "patience", "learned", "agreement", "window", "depth_cap", "deadline", "final"
+    ]
+    forced: bool = Field(description="Whether the deadline, not the policy or a cap, made the row leave.")
+
+
+class ExitSeen(ClassProbability):
+    """What one exit said on the way."""
+
+    exit: ExitPlace
+    top: list[ClassProbability]
+    entropy: float
+    margin: float
+
+
+class Problem(BaseModel):
+    """An RFC 9457 problem document."""
+
+    type: str = Field(description="Stable name of the kind of error, a relative URI reference.")
+    title: str
+    status: int
+    detail: str = Field(description="One sentence that names the field and what is allowed.")
+    field: str | None = None
+    retry_after_s: float | None = None
+
+
+class Prediction(ClassProbability):
+    """The answer of one row."""
+
+    top: list[ClassProbability]
+    exit: ExitTaken
+    depth: Share = Field(description="Share of the full path's FLOPs that the row ran.")
+    stages: list[str] = Field(description="The stages that ran for it, in order.")
+    score: float = Field(description="The statistic that the policy looked at.")
+    threshold: float | None = Field(description="What it was compared with, where that is one number.")
+    exits: list[ExitSeen] | None = None
+
+
+class FailedPrediction(_Document):
+    """The answer of one row that failed where others did not."""
+
+    error: Problem
+
+
+class CertificateStatement(_Document):
+    """What held-out data certifies of the operating point."""
+
+    kind: Literal["consistency", "accuracy"]
+    method: str
+    bound: Share
+    delta: Share
+    num_samples: int
+
+
+class PolicyUsed(_Document):
+    """The policy in force."""
+
+    kind: str
+    operating_point: str | None
+    certified: CertificateStatement | None
+
+
+class Timing(_Document):
+    """Where the time went, in milliseconds."""
+
+    queue_ms: float
+    compute_ms: float
+    total_ms: float
+    budget_ms: float | None
+
+
+class ClassifyAnswer(_Document):
+    """The answer: one prediction per input, in order."""
+
+    model: str
+    version: str
+    predictions: list[Prediction | FailedPrediction]
+    policy: PolicyUsed
+    timing: Timing
+
+
+class ModelSummary(_Document):
+    """A served model."""
+
+    name: str
+    version: str
+    task: str
+    num_stages: int
+    num_exits: int
+    num_classes: int
+
+
+class ModelList(_Document):
+    """The served models."""
+
+    models: list[ModelSummary]
+
+
+class StageDescription(_Document):
+    """A stage and its costs."""
+
+    name: str
+    exit: int | None = Field(description="Index of the exit it ends in, if any.")
+    flops: int = Field(description="Of one row; a multiply-add counts two.")
+    carry_bytes: int
+    measured_ms: dict[str, float] = Field(description="Expected milliseconds by batch size, on this machine.")
+
+
+class ExitDescription(_Document):
+    """An exit, and the share of the full path's FLOPs a row has run when it stands there."""
+
+    index: int
+    name: str
+    stage: str
+    depth: Share
+
+
+class ModelDescription(ModelSummary):
+    """All that may be asked of a model."""
+
+    precision: str
+    inputs: list[Tensor]
+    preprocessing: dict[str, Any] | None
+    labels: list[str] | None
+    stages: list[StageDescription]
+    exits: list[ExitDescription]
+    default_policy: PolicySpec
+    policies: list[str]
+    combine: list[str]
+    on_miss: list[str]
+    num_operating_points: int
+    provenance: dict[str, Any]
+
+
+class OperatingPointList(_Document):
+    """A model's calibrated operating points, cheapest first."""
+
+    model: str
+    version: str
+    operating_points: list[OperatingPoint]
+
+
+SCHEMAS: tuple[type[BaseModel], ...] = (
+    ClassifyRequest,
+    ClassifyAnswer,
+    ModelList,
+    ModelDescription,
+    OperatingPointList,
+    Problem,
+)

@@ -1,0 +1,175 @@
+"""The profile's laws: what it predicts from what it has seen."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from offramp_server.profile import OUTLIER, Profile, StageProfile
+
+SIZES = (1, 2, 4, 8, 16)
+seconds = st.floats(1e-5, 1.0)
+observations = st.lists(st.tuples(st.integers(1, 20), seconds), max_size=60)
+
+
+def profile_of(cost, max_batch=16):
+    profile = StageProfile(max_batch)
+    for size in (s for s in SIZES if s <= max_batch):
+        profile.calibrate(size, [cost(size)] * 5)
+    return profile
+
+
+def calibrated(timings, max_batch=16):
+    profile = StageProfile(max_batch)
+    for size, timing in zip(SIZES, timings, strict=True):
+        profile.calibrate(size, timing)
+    return profile
+
+
+timings = st.lists(st.lists(seconds, min_size=1, max_size=5), min_size=5, max_size=5)
+
+
+@given(timings, observations, st.integers(1, 40))
+def test_the_bound_is_above_the_mean_and_both_are_positive(timed, observed, batch):
+    profile = calibrated(timed)
+    for size, took in observed:
+        profile.observe(size, took)
+    assert 0.0 < profile.mean_s(batch) < profile.bound_s(batch)
+
+
+@given(timings, observations)
+def test_a_larger_batch_is_never_predicted_to_be_faster(timed, observed):
+    profile = calibrated(timed)
+    for size, took in observed:
+        profile.observe(size, took)
+    means = [profile.mean_s(batch) for batch in range(1, 40)]
+    assert all(smaller <= larger * (1 + 1e-9) for smaller, larger in pairwise(means))
+
+
+@given(timings, observations)
+def test_the_knee_is_a_batch_size(timed, observed):
+    profile = calibrated(timed)
+    for size, took in observed:
+        profile.observe(size, took)
+    assert 1 <= profile.knee <= 16
+
+
+def test_between_profiled_sizes_and_beyond_the_last_the_mean_is_linear():
+    profile = profile_of(lambda size: 1.0 + size)
+    assert profile.mean_s(3) == pytest.approx(4.0)
+    assert profile.mean_s(12) == pytest.approx(13.0)
+    assert profile.mean_s(32) == pytest.approx(33.0)
+
+
+def test_one_profiled_size_predicts_in_proportion():
+    profile = StageProfile(16)
+    profile.calibrate(1, [0.5])
+    assert profile.mean_s(1) == 0.5
+    assert profile.mean_s(8) == pytest.approx(4.0)
+
+
+def test_the_median_run_counts_so_that_one_slow_run_does_not_spoil_the_calibration():
+    profile = StageProfile(16)
+    profile.calibrate(1, [0.1, 0.1, 9.0, 0.1, 0.1])
+    assert profile.mean_s(1) == 0.1
+
+
+def test_timings_that_scatter_widen_the_bound():
+    steady, scattered = StageProfile(1), StageProfile(1)
+    steady.calibrate(1, [1.0, 1.0, 1.0])
+    scattered.calibrate(1, [0.5, 1.0, 1.5])
+    assert steady.mean_s(1) == scattered.mean_s(1)
+    assert steady.bound_s(1) < scattered.bound_s(1)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8, 16])
+@pytest.mark.parametrize("factor", [0.25, 0.5, 2.0, 10.0, 1000.0])
+def test_a_lasting_change_is_learnt(batch, factor):
+    profile = profile_of(lambda size: 0.01 * size)
+    after = 0.01 * batch * factor
+    for _ in range(400):
+        profile.observe(batch, after)
+    assert profile.mean_s(batch) == pytest.approx(after, rel=0.05)
+    assert profile.bound_s(batch) == pytest.approx(after, rel=0.3)
+
+
+def test_a_single_blip_moves_the_mean_by_no_more_than_an_outlier_may():
+    slow, slower = profile_of(lambda size: 0.01), profile_of(lambda size: 0.01)
+    slow.observe(1, 0.01 * OUTLIER)
+    slower.observe(1, 60.0)
+    assert slower.mean_s(1) == slow.mean_s(1) < 0.0125
+
+
+def test_after_a_blip_the_prediction_comes_back():
+    profile = profile_of(lambda size: 0.01)
+    profile.observe(1, 60.0)
+    for _ in range(200):
+        profile.observe(1, 0.01)
+    assert profile.mean_s(1) == pytest.approx(0.01, rel=0.01)
+    assert profile.bound_s(1) < 0.012
+
+
+def test_an_observation_leaves_distant_batch_sizes_alone():
+    profile = profile_of(lambda size: 0.01 * size)
+    profile.observe(3, 0.05)
+    assert profile.mean_s(1) == pytest.approx(0.01)
+    assert profile.mean_s(16) == pytest.approx(0.16)
+    assert profile.mean_s(2) > 0.02
+    assert profile.mean_s(4) > 0.04
+
+
+def test_a_size_seen_often_never_wears_down_its_neighbour():
+    """Size 2 is as fast as size 1: however often both are seen, what lies between 2 and 4 stays predicted."""
+    profile = profile_of(lambda size: 0.01 * size)
+    for _ in range(2000):
+        profile.observe(1, 0.03)
+        profile.observe(2, 0.025)
+    assert profile.mean_s(2) == pytest.approx(0.03, rel=0.25)
+    assert profile.mean_s(3) >= profile.mean_s(2)
+
+
+def test_the_knee_of_a_cost_linear_in_the_batch_is_one_row():
+    assert profile_of(lambda size: 0.01 * size).knee == 1
+
+
+def test_the_knee_of_a_cost_that_does_not_grow_is_the_largest_batch_that_counts():
+    assert profile_of(lambda size: 0.01).knee == 16  # 95 % of 16 is not reached by 15
+
+
+def test_the_knee_of_a_saturating_cost_is_the_least_size_at_95_percent_of_the_peak():
+    cost = {size: 0.01 if size <= 4 else 0.01 * size / 4 for size in SIZES}
+    assert profile_of(cost.__getitem__).knee == 4
+
+
+def test_the_knee_never_passes_the_models_largest_batch():
+    assert profile_of(lambda size: 0.01, max_batch=4).knee == 4
+
+
+def test_the_knee_follows_what_is_observed():
+    profile = profile_of(lambda size: 0.01)
+    for _ in range(256):
+        for size in SIZES:
+            profile.observe(size, 0.01 * size)
+    assert profile.knee <= 2
+
+
+def test_the_next_answer_is_as_far_as_the_next_exit(scripted):
+    profile = scripted(lambda stage, rows: 0.01 * (stage + 1), num_stages=4, exit_stages=(1, 3))
+    bound = [profile.bound_s(stage, 1) for stage in range(4)]
+    assert profile.to_next_answer_s(0, 1) == pytest.approx(bound[0] + bound[1])
+    assert profile.to_next_answer_s(1, 1) == pytest.approx(bound[1])
+    assert profile.to_next_answer_s(2, 1) == pytest.approx(bound[2] + bound[3])
+    assert profile.first_answer_stage() == 1
+
+
+def test_a_row_is_reckoned_at_full_depth_until_rows_were_seen(scripted):
+    profile = scripted(lambda stage, rows: 0.01 * rows)
+    assert profile.row_s == pytest.approx(0.03)
+    for _ in range(1000):
+        profile.observe_row(0.01)
+    assert profile.row_s == pytest.approx(0.01, rel=0.01)
+
+
+def test_a_profile_needs_no_exit_at_every_stage():
+    profile = Profile([2], 3, 4)
+    assert profile.first_answer_stage() == 2

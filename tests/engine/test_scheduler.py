@@ -1,0 +1,568 @@
+"""The scheduler on a clock of the test's own: what runs next, with which rows."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from offramp_server.profile import Profile
+from offramp_server.scheduler import QueueKey, Scheduler
+
+MAX_BATCH = 8
+EPSILON = 1e-9
+
+
+@dataclass(eq=False)
+class Row:
+    deadline_s: float = math.inf
+    may_be_dropped: bool = False
+    is_cancelled: bool = False
+
+
+def profile_of(cost, num_stages=3, exit_stages=None, max_batch=MAX_BATCH):
+    """Build a profile in which a stage over some rows takes `cost(stage, rows)` seconds."""
+    profile = Profile(exit_stages or range(num_stages), num_stages, max_batch)
+    for index, stage in enumerate(profile.stages):
+        for batch in range(1, max_batch + 1):
+            stage.calibrate(batch, [cost(index, batch)])
+    return profile
+
+
+def flat(stage, rows):
+    """Cost the same whatever the batch: the knee is the largest batch."""
+    return 1.0
+
+
+def linear(stage, rows):
+    """Cost in proportion to the batch: the knee is one row."""
+    return 1.0 * rows
+
+
+def keys_of(model, num_stages=3):
+    return [QueueKey(model, stage) for stage in range(num_stages)]
+
+
+def scheduler_of(profile=None, margin_s=0.0, fair_share_s=0.05, max_batch=MAX_BATCH, num_stages=3):
+    """Open one model's queues."""
+    scheduler = Scheduler(max_batch, margin_s, fair_share_s)
+    scheduler.add_model(keys_of("m", num_stages), profile or profile_of(flat, num_stages))
+    return scheduler
+
+
+def key(stage, model="m"):
+    return QueueKey(model, stage)
+
+
+def rows(count, **given_):
+    return [Row(**given_) for _ in range(count)]
+
+
+def test_nothing_waits_so_nothing_runs():
+    assert scheduler_of().next(0.0) is None
+
+
+def test_survivors_of_different_batches_run_together():
+    scheduler = scheduler_of()
+    first, second = rows(2), rows(3)
+    scheduler.put(key(1), first)
+    scheduler.put(key(1), second)
+    dispatch = scheduler.next(0.0)
+    assert dispatch.key == key(1)
+    assert dispatch.samples == first + second
+
+
+def test_a_full_pipeline_is_simulated_to_the_end_and_every_row_runs_every_stage_once():
+    """Batches arrive while others run: nobody runs a stage twice, skips one or is lost."""
+    scheduler, now, ran = scheduler_of(), 0.0, Counter()
+    arrivals = {float(t): rows(3, deadline_s=50.0 + t) for t in range(6)}
+    everyone = [row for batch in arrivals.values() for row in batch]
+    batches = []
+    while arrivals or len(scheduler):
+        for time in [t for t in arrivals if t <= now]:
+            scheduler.put(key(0), arrivals.pop(time))
+        dispatch = scheduler.next(now)
+        now += 1.0
+        if dispatch is None:
+            continue
+        batches.append(len(dispatch.samples))
+        ran.update((row, dispatch.key.stage) for row in dispatch.samples)
+        if dispatch.key.stage < 2:
+            scheduler.put(key(dispatch.key.stage + 1), dispatch.samples)
+    assert ran == {(row, stage): 1 for row in everyone for stage in range(3)}
+    assert max(batches) > 3  # rows of different arrivals ran together
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=12))
+def test_rows_run_in_the_order_of_their_deadlines_and_equals_in_the_order_they_came(deadlines):
+    scheduler = scheduler_of(profile_of(linear))
+    waiting = [Row(deadline_s=1000.0 + deadline) for deadline in deadlines]
+    for row in waiting:
+        scheduler.put(key(0), [row])
+    ran = []
+    while (dispatch := scheduler.next(0.0)) is not None:
+        ran += dispatch.samples
+    assert ran == sorted(waiting, key=lambda row: row.deadline_s)  # a stable sort
+
+
+@pytest.mark.parametrize(("cost", "knee"), [(flat, 8), (linear, 1), (lambda stage, n: max(1.0, n / 4), 4)])
+def test_a_batch_grows_to_the_knee_and_no_further(cost, knee):
+    scheduler = scheduler_of(profile_of(cost))
+    scheduler.put(key(0), rows(20))
+    assert len(scheduler.next(0.0).samples) == knee
+
+
+def test_a_batch_never_passes_the_operators_limit():
+    scheduler = scheduler_of(max_batch=3)
+    scheduler.put(key(0), rows(20))
+    assert len(scheduler.next(0.0).samples) == 3
+
+
+def slow_batches(stage, n):
+    """A second for one row, and half of one for every row more: worth batching, but long."""
+    return 0.5 + 0.5 * n
+
+
+def test_a_batch_is_no_longer_than_its_own_tightest_row_allows():
+    profile = profile_of(slow_batches)
+    scheduler = scheduler_of(profile)
+    scheduler.put(key(0), [*rows(7), Row(deadline_s=profile.bound_s(0, 3))])
+    assert len(scheduler.next(0.0).samples) == 3
+
+
+def test_the_margin_is_kept_free_before_the_deadline():
+    profile = profile_of(slow_batches)
+    scheduler = scheduler_of(profile, margin_s=0.1)
+    scheduler.put(key(0), [*rows(7), Row(deadline_s=profile.bound_s(0, 3))])
+    assert len(scheduler.next(0.0).samples) == 2
+
+
+def test_a_batch_is_no_longer_than_the_tightest_row_of_any_other_queue_allows():
+    profile = profile_of(slow_batches)
+    scheduler = scheduler_of(profile)
+    scheduler.put(key(2), rows(8))
+    scheduler.put(key(0), [Row(deadline_s=profile.bound_s(0, 1) + profile.bound_s(2, 4))])
+    dispatch = scheduler.next(0.0)
+    assert (dispatch.key, len(dispatch.samples)) == (key(2), 4)
+
+
+def test_a_row_with_an_answer_in_hand_only_asks_to_be_answered_in_time():
+    """There is no time for its next exit behind the other batch, but its promise holds all the same."""
+    profile = profile_of(slow_batches)
+    scheduler = scheduler_of(profile)
+    scheduler.put(key(1), [Row(deadline_s=profile.bound_s(0, 4) + 0.1)])
+    scheduler.put(key(0), [Row(deadline_s=profile.bound_s(0, 4)), *rows(7)])
+    dispatch = scheduler.next(0.0)
+    assert (dispatch.key, len(dispatch.samples)) == (key(0), 4)
+
+
+def test_one_row_goes_however_late_it_is():
+    scheduler = scheduler_of(profile_of(slow_batches))
+    late = Row(deadline_s=-5.0)
+    scheduler.put(key(0), [late])
+    assert scheduler.next(0.0).samples == [late]
+
+
+def test_rows_that_are_late_anyway_press_nobody():
+    scheduler = scheduler_of()
+    scheduler.put(key(0), rows(8, deadline_s=-5.0))
+    assert len(scheduler.next(0.0).samples) == 8
+
+
+def test_a_row_that_can_be_on_time_is_not_made_late_by_one_that_cannot():
+    """By deadline alone the late row went first, then the next was late too, and so on: the domino effect."""
+    profile = profile_of(linear)
+    scheduler = scheduler_of(profile)
+    late, on_time = Row(deadline_s=0.0), Row(deadline_s=profile.bound_s(0, 1) * 1.5)
+    scheduler.put(key(0), [late, on_time])
+    assert scheduler.next(0.0).samples == [on_time]
+    assert scheduler.next(1.0).samples == [late]
+
+
+def test_late_rows_do_not_take_the_places_of_those_that_can_be_on_time():
+    profile = profile_of(flat)
+    scheduler = scheduler_of(profile, max_batch=4)
+    late = rows(3, deadline_s=0.0)
+    on_time = rows(3, deadline_s=profile.bound_s(0, 1) * 1.5)
+    scheduler.put(key(0), [*late, *on_time])
+    assert scheduler.next(0.0).samples == [*on_time, late[0]]
+
+
+def test_late_rows_go_first_as_long_as_everyone_else_can_wait():
+    scheduler = scheduler_of(profile_of(linear))
+    late, on_time = Row(deadline_s=0.0), Row(deadline_s=100.0)
+    scheduler.put(key(0), [late, on_time])
+    assert scheduler.next(0.0).samples == [late]
+
+
+def test_the_least_laxity_goes_first_when_waiting_would_cost_an_exit():
+    profile = profile_of(linear)
+    scheduler = scheduler_of(profile)
+    tight, tighter = Row(deadline_s=1.9), Row(deadline_s=1.5)
+    scheduler.put(key(2), [tight])
+    scheduler.put(key(1), [tighter])
+    assert scheduler.next(0.0).samples == [tighter]
+
+
+def test_an_urgent_row_goes_before_a_full_batch():
+    profile = profile_of(flat)
+    scheduler = scheduler_of(profile)
+    scheduler.put(key(2), rows(8))
+    urgent = Row(deadline_s=profile.bound_s(0, 1) * 1.5)
+    scheduler.put(key(0), [urgent])
+    assert scheduler.next(0.0).samples == [urgent]
+
+
+def test_without_urgency_the_queue_nearest_to_its_best_throughput_goes():
+    scheduler = scheduler_of()
+    scheduler.put(key(2), rows(3, deadline_s=100.0))
+    scheduler.put(key(0), rows(6, deadline_s=100.0))
+    assert scheduler.next(0.0).key == key(0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_of_equals_the_deepest_stage_goes(count):
+    scheduler = scheduler_of(num_stages=3)
+    for stage in (1, 0, 2):
+        scheduler.put(key(stage), rows(count, deadline_s=100.0))
+    assert [scheduler.next(0.0).key.stage for _ in range(3)] == [2, 1, 0]
+
+
+def test_a_choice_that_keeps_every_promise_goes_before_a_more_urgent_one_that_breaks_one():
+    """A row with an answer in hand wants its next exit at once; that long stage would make a new row late."""
+    profile = profile_of(lambda stage, n: (1.0, 5.0, 1.0)[stage] * n)
+    scheduler = scheduler_of(profile)
+    in_hand = Row(deadline_s=profile.bound_s(1, 1) + 0.5)
+    new = Row(deadline_s=profile.bound_s(0, 1) + 2.0)
+    scheduler.put(key(1), [in_hand])
+    scheduler.put(key(0), [new])
+    assert scheduler.next(0.0).samples == [new]
+
+
+# --- any state ---------------------------------------------------------------------------------------------------
+
+# Small whole numbers: deadlines, costs and slacks must meet for anything interesting to happen.
+costs = st.tuples(st.integers(1, 6), st.integers(0, 3))
+states = st.lists(
+    st.tuples(st.integers(0, 3), st.one_of(st.just(math.inf), st.integers(-2, 24))), min_size=2, max_size=10
+)
+exits = st.sampled_from([(0, 1, 2, 3), (1, 3), (0, 3), (3,), (2, 3)])
+
+
+def filled(per_stage, exit_stages, state, margin_s):
+    """Build a scheduler in any state the loop may ask it in: those who can leave have left."""
+    profile = profile_of(lambda stage, n: per_stage[stage][0] + per_stage[stage][1] * n, 4, exit_stages)
+    scheduler = scheduler_of(profile, margin_s, num_stages=4)
+    waiting = {Row(deadline_s): stage for stage, deadline_s in state}
+    for row, stage in waiting.items():
+        scheduler.put(key(stage), [row])
+    for row in scheduler.take_expired(0.0):
+        del waiting[row]
+    assume(waiting)
+    return scheduler, profile, waiting
+
+
+def slack(profile, row, stage, margin_s):
+    """Seconds the device may do something else before this row's promise is broken; negative if it is already."""
+    if stage > profile.first_answer_stage():
+        return row.deadline_s - margin_s
+    return row.deadline_s - margin_s - profile.to_next_answer_s(stage, 1)
+
+
+one_queue = st.lists(st.tuples(st.just(2), st.one_of(st.just(math.inf), st.integers(-2, 12))), min_size=2, max_size=10)
+any_state = given(st.lists(costs, min_size=4, max_size=4), exits, states, st.sampled_from([0.0, 1.0]))
+
+
+@settings(max_examples=300)
+@any_state
+def test_a_batch_of_several_is_never_longer_than_any_slack_in_play(per_stage, exit_stages, state, margin_s):
+    scheduler, profile, waiting = filled(per_stage, exit_stages, state, margin_s)
+    dispatch = scheduler.next(0.0)
+    stage, size = dispatch.key.stage, len(dispatch.samples)
+    assert 1 <= size <= max(1, profile.knee(stage))
+    takes_s = profile.bound_s(stage, size)
+    slacks = {row: slack(profile, row, at, margin_s) for row, at in waiting.items()}
+    elsewhere = [left for row, left in slacks.items() if waiting[row] != stage and left >= 0.0]
+    has_answer = stage > profile.first_answer_stage()
+    own_s = 0.0 if has_answer else profile.bound_s(stage, 1)  # its own run is part of what a new row needs
+    members = [slacks[row] + own_s for row in dispatch.samples if slacks[row] >= 0.0]
+    if size > 1:
+        assert takes_s <= min([*elsewhere, *members], default=math.inf) + EPSILON
+
+
+@settings(max_examples=300)
+@any_state
+def test_no_promise_is_broken_if_any_other_choice_would_break_none(per_stage, exit_stages, state, margin_s):
+    scheduler, profile, waiting = filled(per_stage, exit_stages, state, margin_s)
+
+    def breaks_one(stage, takes_s):
+        lefts = (slack(profile, row, at, margin_s) for row, at in waiting.items() if at != stage)
+        return any(0.0 <= left < takes_s - EPSILON for left in lefts)
+
+    could_break_none = any(not breaks_one(stage, profile.bound_s(stage, 1)) for stage in set(waiting.values()))
+    dispatch = scheduler.next(0.0)
+    if could_break_none:
+        assert not breaks_one(dispatch.key.stage, profile.bound_s(dispatch.key.stage, len(dispatch.samples)))
+
+
+@settings(max_examples=300)
+@given(st.lists(costs, min_size=4, max_size=4), st.sampled_from([(2, 3), (3,)]), one_queue, st.sampled_from([0.0, 1.0]))
+def test_in_its_own_queue_no_late_row_makes_another_late(per_stage, exit_stages, state, margin_s):
+    scheduler, profile, waiting = filled(per_stage, exit_stages, state, margin_s)
+    dispatch = scheduler.next(0.0)
+    stage = dispatch.key.stage
+    takes_s = profile.bound_s(stage, len(dispatch.samples))
+    needed_s = margin_s + profile.to_next_answer_s(stage, 1)
+    laxity = {row: row.deadline_s - needed_s for row, at in waiting.items() if at == stage}
+    left_behind = [row for row in laxity if row not in dispatch.samples]
+    if any(0.0 <= laxity[row] < takes_s - EPSILON for row in left_behind):
+        assert all(laxity[row] >= 0.0 for row in dispatch.samples)
+    on_time = [row for row in dispatch.samples if laxity[row] >= 0.0]
+    left_on_time = [row for row in left_behind if laxity[row] >= 0.0]
+    assert all(row.deadline_s <= other.deadline_s for row in on_time for other in left_on_time)
+
+
+# --- shares of the device ------------------------------------------------------------------------------------------
+
+
+def simulate_shares(costs_s, seconds, arrive, fair_share_s=0.05, num_stages=3):
+    """Run models side by side; `arrive(scheduler, now)` keeps rows coming. Gives each model's device seconds."""
+    scheduler = Scheduler(MAX_BATCH, 0.0, fair_share_s)
+    for model, cost in costs_s.items():
+        scheduler.add_model(keys_of(model, num_stages), profile_of(cost, num_stages))
+    used, now = Counter(), 0.0
+    while now < seconds:
+        arrive(scheduler, now)
+        dispatch = scheduler.next(now)
+        model, stage = dispatch.key.model, dispatch.key.stage
+        took = costs_s[model](stage, len(dispatch.samples))
+        now += took
+        used[model] += took
+        if stage + 1 < num_stages:
+            scheduler.put(key(stage + 1, model), dispatch.samples)
+        scheduler.charge(model, took)
+    return used
+
+
+def keep_waiting(**depths):
+    """Let that many rows of each model wait or run at any time."""
+
+    def arrive(scheduler, now):
+        for model, depth in depths.items():
+            missing = depth - sum(scheduler.num_waiting(key(stage, model)) for stage in range(3))
+            scheduler.put(key(0, model), rows(missing))
+
+    return arrive
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (lambda stage, n: 0.001, lambda stage, n: 0.01),
+        (lambda stage, n: 0.001 * n, lambda stage, n: 0.02),
+        (lambda stage, n: 0.002, lambda stage, n: 0.002),
+    ],
+)
+@pytest.mark.parametrize("depths", [(20, 20), (1, 20), (20, 1), (1, 1)])
+def test_models_that_always_have_work_get_equal_shares_however_much_waits(a, b, depths):
+    used = simulate_shares({"a": a, "b": b}, 5.0, keep_waiting(a=depths[0], b=depths[1]))
+    assert abs(used["a"] - used["b"]) <= 0.05 + 0.02 + EPSILON
+
+
+def test_three_models_share_evenly():
+    costs_s = {model: lambda stage, n: 0.005 for model in "abc"}
+    used = simulate_shares(costs_s, 6.0, keep_waiting(a=30, b=3, c=1))
+    assert max(used.values()) - min(used.values()) <= 0.06
+
+
+def test_a_model_that_was_idle_gets_no_credit_for_it():
+    def arrive(scheduler, now):
+        keep_waiting(a=20)(scheduler, now)
+        if now >= 3.0:
+            keep_waiting(b=20)(scheduler, now)
+
+    used = simulate_shares({"a": flat_ms, "b": flat_ms}, 7.0, arrive)
+    assert used["b"] == pytest.approx(2.0, abs=0.06)
+
+
+def flat_ms(stage, rows_):
+    return 0.005
+
+
+def test_a_model_that_joins_an_idle_device_gets_no_credit_for_the_time_before():
+    scheduler = Scheduler(MAX_BATCH, 0.0, 0.05)
+    scheduler.add_model(keys_of("old"), profile_of(flat_ms))
+    for _ in range(1000):
+        scheduler.put(key(2, "old"), rows(1))
+        scheduler.next(0.0)
+        scheduler.charge("old", 0.005)
+    scheduler.add_model(keys_of("new"), profile_of(flat_ms))
+    used = Counter()
+    for model in ("new", "old"):
+        scheduler.put(key(2, model), rows(400))
+    for _ in range(60):
+        model = scheduler.next(0.0).key.model
+        scheduler.charge(model, 0.005)
+        used[model] += 0.005
+    assert abs(used["new"] - used["old"]) <= 0.06
+
+
+def test_a_model_that_comes_and_goes_is_no_worse_off_than_one_that_stays():
+    """Its rows are few, so that its queues run empty with every dispatch: that is not idling."""
+    scheduler = Scheduler(MAX_BATCH, 0.0, 0.05)
+    for model in ("few", "many"):
+        scheduler.add_model(keys_of(model), profile_of(flat_ms))
+    scheduler.put(key(0, "many"), rows(10_000))
+    (row,) = rows(1)
+    scheduler.put(key(0, "few"), [row])
+    used = Counter()
+    for _ in range(400):
+        dispatch = scheduler.next(0.0)
+        model, stage = dispatch.key.model, dispatch.key.stage
+        if model == "few":
+            scheduler.put(key((stage + 1) % 3, "few"), [row])
+        scheduler.charge(model, 0.005)
+        used[model] += 0.005
+    assert abs(used["few"] - used["many"]) <= 0.06
+
+
+def test_charging_a_model_that_was_removed_is_no_error():
+    scheduler = scheduler_of()
+    scheduler.remove_model("m")
+    scheduler.charge("m", 1.0)
+    assert len(scheduler) == 0
+
+
+# --- giving up -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "may_be_dropped", "lateness_s", "is_taken"),
+    [
+        (0, False, 0.1, False),  # no answer yet: it is answered late
+        (0, True, 0.1, True),
+        (0, True, -0.1, False),
+        (1, False, 0.1, False),  # the first exit is stage 1's: still no answer
+        (1, True, 0.1, True),
+        (2, False, 0.1, True),  # it has an answer: it leaves with it
+        (2, True, 0.1, True),
+        (2, False, -0.1, False),
+        (3, False, 0.1, True),
+    ],
+)
+def test_a_row_is_given_up_when_its_next_exit_is_out_of_reach_and_it_can_leave(
+    stage, may_be_dropped, lateness_s, is_taken
+):
+    profile = profile_of(lambda stage, n: 0.25, 4, (1, 3))
+    scheduler = scheduler_of(profile, margin_s=0.5, num_stages=4)
+    reachable_s = 10.0 + 0.5 + profile.to_next_answer_s(stage, 1)
+    row, other = Row(reachable_s - lateness_s, may_be_dropped), Row()
+    scheduler.put(key(stage), [row, other])
+    assert scheduler.take_expired(10.0) == ([row] if is_taken else [])
+    assert scheduler.num_waiting(key(stage)) == 2 - is_taken
+
+
+def test_exactly_the_cancelled_rows_are_taken():
+    scheduler = scheduler_of()
+    waiting = {stage: rows(3) for stage in range(3)}
+    for stage, batch in waiting.items():
+        scheduler.put(key(stage), batch)
+    gone = [waiting[0][1], waiting[2][0], waiting[2][2]]
+    for row in gone:
+        row.is_cancelled = True
+    assert scheduler.take_cancelled() == gone
+    assert [scheduler.num_waiting(key(stage)) for stage in range(3)] == [2, 3, 1]
+    assert scheduler.take_cancelled() == []
+
+
+class Bookkeeping(RuleBasedStateMachine):
+    """Whatever is done with it, every row is waiting at exactly one place or was given back exactly once."""
+
+    @initialize(models=st.integers(1, 3))
+    def open_models(self, models):
+        self.scheduler = Scheduler(4, 0.01, 0.05)
+        self.waiting = {}
+        self.models = []
+        for index in range(models):
+            self.add(f"m{index}")
+
+    def add(self, model):
+        self.models.append(model)
+        self.scheduler.add_model(keys_of(model), profile_of(lambda stage, n: 0.05 + 0.01 * n))
+
+    def gave(self, given_back):
+        for row in given_back:
+            del self.waiting[row]  # a row given back twice, or never put, is a KeyError
+
+    @precondition(lambda self: self.models)
+    @rule(
+        data=st.data(),
+        stage=st.integers(0, 2),
+        count=st.integers(0, 5),
+        deadline_s=st.floats(-1, 2),
+        drop=st.booleans(),
+    )
+    def put(self, data, stage, count, deadline_s, drop):
+        at = key(stage, data.draw(st.sampled_from(self.models)))
+        new = rows(count, deadline_s=deadline_s, may_be_dropped=drop)
+        self.scheduler.put(at, new)
+        self.waiting |= dict.fromkeys(new, at)
+
+    @rule(now=st.floats(-1, 2))
+    def dispatch(self, now):
+        dispatch = self.scheduler.next(now)
+        if dispatch is None:
+            assert not self.waiting
+            return
+        assert 1 <= len(dispatch.samples) <= 4
+        assert {self.waiting[row] for row in dispatch.samples} == {dispatch.key}
+        self.gave(dispatch.samples)
+        self.scheduler.charge(dispatch.key.model, 0.05)
+
+    @rule(data=st.data())
+    def cancel(self, data):
+        if self.waiting:
+            for row in data.draw(st.lists(st.sampled_from(list(self.waiting)), unique=True)):
+                row.is_cancelled = True
+        due = {row for row in self.waiting if row.is_cancelled}
+        taken = self.scheduler.take_cancelled()
+        assert set(taken) == due
+        self.gave(taken)
+
+    @rule(now=st.floats(-1, 2))
+    def expire(self, now):
+        taken = self.scheduler.take_expired(now)
+        assert all(row.may_be_dropped or self.waiting[row].stage > 0 for row in taken)
+        self.gave(taken)
+
+    @precondition(lambda self: self.models)
+    @rule(data=st.data())
+    def remove(self, data):
+        model = data.draw(st.sampled_from(self.models))
+        self.models.remove(model)
+        due = {row for row, at in self.waiting.items() if at.model == model}
+        left = self.scheduler.remove_model(model)
+        assert set(left) == due
+        self.gave(left)
+
+    @precondition(lambda self: len(self.models) < 3)
+    @rule(index=st.integers(0, 2))
+    def add_again(self, index):
+        if f"m{index}" not in self.models:
+            self.add(f"m{index}")
+
+    @invariant()
+    def counts_agree(self):
+        if not hasattr(self, "waiting"):
+            return
+        assert len(self.scheduler) == len(self.waiting)
+        places = Counter(self.waiting.values())
+        for model in self.models:
+            for at in keys_of(model):
+                assert self.scheduler.num_waiting(at) == places[at]
+
+
+Bookkeeping.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
+TestBookkeeping = Bookkeeping.TestCase
