@@ -1,0 +1,101 @@
+"""Labelled inputs, encoded before the first request is due, so that the client's time goes into sending."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from offramp_loadtest.errors import LoadTestError
+
+MAX_FILE_BYTES = 2 * 2**30
+MAX_PAYLOADS = 100_000
+INPUT_NAMES = ("x", "inputs", "images", "data")
+LABEL_NAMES = ("y", "labels", "label", "targets")
+IMAGE_TYPES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+    ".bmp": "image/bmp",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """One row to be classified.
+
+    Attributes:
+        label: Its true class, if it is known.
+        array: The row without a batch axis, or None for an encoded image.
+        image: An image file's bytes, or None for an array.
+        content_type: Of the image.
+    """
+
+    label: int | None
+    array: np.ndarray | None = None
+    image: bytes | None = None
+    content_type: str = ""
+
+    def npy(self) -> bytes:
+        """Encode the array as an `.npy` file with a batch axis of 1."""
+        buffer = io.BytesIO()
+        np.save(buffer, np.asarray(self.array)[None], allow_pickle=False)
+        return buffer.getvalue()
+
+
+def payloads_of_arrays(inputs: np.ndarray, labels: Sequence[int] | np.ndarray | None = None) -> tuple[Payload, ...]:
+    """Make one payload per row.
+
+    Raises:
+        LoadTestError: If there is no row, or the labels are not one per row.
+    """
+    if inputs.ndim < 1 or not len(inputs):
+        raise LoadTestError("data: holds no row")
+    if labels is not None and len(labels) != len(inputs):
+        raise LoadTestError(f"data: {len(inputs)} inputs, but {len(labels)} labels")
+    rows = inputs[:MAX_PAYLOADS]
+    known = [None] * len(rows) if labels is None else [int(label) for label in labels[:MAX_PAYLOADS]]
+    return tuple(Payload(label, np.ascontiguousarray(row)) for row, label in zip(rows, known, strict=True))
+
+
+def read_payloads(path: Path) -> tuple[Payload, ...]:
+    """Read payloads from an `.npz` (inputs and labels), an `.npy` (inputs), or a folder of images, a folder per class.
+
+    Nothing is ever unpickled. Classes of an image folder are numbered in alphabetical order.
+
+    Raises:
+        LoadTestError: If the path holds none of these.
+    """
+    if path.is_dir():
+        return _of_folder(path)
+    if not path.is_file():
+        raise LoadTestError(f"data: {str(path)!r} does not exist")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise LoadTestError(f"data: {path.name!r} is over {MAX_FILE_BYTES} bytes")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return payloads_of_arrays(loaded)
+        with loaded:
+            inputs = next((loaded[name] for name in INPUT_NAMES if name in loaded.files), None)
+            labels = next((loaded[name] for name in LABEL_NAMES if name in loaded.files), None)
+    except (ValueError, OSError, EOFError):
+        raise LoadTestError(f"data: {path.name!r} is not an .npz or .npy file of plain arrays") from None
+    if inputs is None:
+        raise LoadTestError(f"data: {path.name!r} needs an array named one of {', '.join(INPUT_NAMES)}")
+    return payloads_of_arrays(inputs, labels)
+
+
+def _of_folder(folder: Path) -> tuple[Payload, ...]:
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    payloads = [
+        Payload(label, image=file.read_bytes(), content_type=IMAGE_TYPES[file.suffix.lower()])
+        for label, entry in enumerate(classes)
+        for file in sorted(entry.iterdir())
+        if file.suffix.lower() in IMAGE_TYPES and file.stat().st_size <= MAX_FILE_BYTES
+    ][:MAX_PAYLOADS]
+    if not payloads:
+        raise LoadTestError(f"data: {str(folder)!r} holds no folder of {', '.join(sorted(IMAGE_TYPES))} images")
+    return tuple(payloads)

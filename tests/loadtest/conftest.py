@@ -1,0 +1,47 @@
+"""A real HTTP server whose answers the test scripts."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from aiohttp import web
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@contextmanager
+def _listening(handler: Handler) -> Iterator[str]:
+    loop = asyncio.new_event_loop()
+    started: asyncio.Future[int] = loop.create_future()
+    stopping = asyncio.Event()
+
+    async def serve() -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", handler)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        started.set_result(runner.addresses[0][1])
+        ready.set()
+        await stopping.wait()
+        await runner.cleanup()
+
+    ready = threading.Event()
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    try:
+        assert ready.wait(10)
+        yield f"http://127.0.0.1:{started.result()}"
+    finally:
+        loop.call_soon_threadsafe(stopping.set)
+        thread.join(10)
+        loop.close()
+
+
+@pytest.fixture
+def scripted_server():
+    """Serve with a handler; gives the URL."""
+    return _listening
