@@ -1,0 +1,52 @@
+"""`offramp serve`: a bundle, or a folder of bundles, behind HTTP."""
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from offramp_server.settings import ServerSettings
+
+from offramp_cli.settings_flags import with_flags
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+@with_flags(ServerSettings)
+def serve(
+    bundles: Annotated[
+        Path, typer.Argument(metavar="BUNDLE_OR_REPOSITORY", help="A bundle, or a folder whose entries are bundles.")
+    ],
+    **given: Any,
+) -> None:
+    """Serve bundles over HTTP until SIGTERM or Ctrl-C, then answer what was admitted and stop.
+
+    Every setting is a flag, an environment variable and a key of the TOML file --config; the first given wins.
+    """
+    settings = ServerSettings.load(**given)
+    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+    run(settings, bundles)
+
+
+def run(settings: ServerSettings, bundles: Path) -> None:
+    """Put the server's parts together and serve until a signal says stop.
+
+    Raises:
+        BundleError: If a bundle that stands alone cannot be served.
+        DeviceUnavailable: If the device cannot be used.
+        OSError: If the port is taken.
+    """
+    from offramp_runtime import open_device
+    from offramp_server.app import create_app
+    from offramp_server.engine import Engine
+    from offramp_server.metrics import Metrics
+    from offramp_server.repository import Repository
+    from offramp_server.serve import bind, run_server
+
+    listener = bind(settings)  # a taken port is better known before the models are warmed up
+    with listener:
+        metrics = Metrics()
+        with Engine(open_device(settings.device, settings.threads), settings.engine_settings(), metrics) as engine:
+            repository = Repository(engine, bundles, settings.default_model, settings.body_timeout_s)
+            repository.load_all()
+            run_server(create_app(settings, repository, engine, metrics), settings, engine, listener)

@@ -1,0 +1,116 @@
+"""`offramp demo`, as `make demo` runs it, only smaller."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from offramp_runtime import open_bundle
+
+COLUMNS = ("policy", "budget", "accuracy", "average depth", "compute saved", "p50 ms", "p99 ms", "exits, %", "forced")
+SMALL = ("--epochs", "1", "--images", "60", "--rate", "100", "--threads", "1")
+
+
+def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "offramp_cli", "demo", "--out", str(folder), *arguments]
+    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "OFFRAMP_WARM_UP_S": "0.3"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def first(folder):
+    done = demo(folder, *SMALL, "--figure", str(folder / "figure.svg"))
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def second(folder, first):
+    done = demo(folder, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def rows_of(table: str) -> list[str]:
+    return [
+        line for line in table.splitlines() if re.match(r"(full depth|first exit|confidence|entropy|patience)", line)
+    ]
+
+
+def test_the_table_has_its_columns_and_fits_a_terminal(first):
+    lines = first.stdout.splitlines()
+    heading = " ".join(lines[lines.index(next(line for line in lines if line.startswith("policy"))) - 1 :][:2])
+    words = set(heading.replace(",", "").split())
+    assert {word for column in COLUMNS for word in column.replace(",", "").split()} <= words
+    assert all(len(row) <= 100 for row in rows_of(first.stdout))
+
+
+def test_the_table_shows_policies_and_budgets(first):
+    rows = rows_of(first.stdout)
+    assert len(rows) == 9
+    assert sum(" ms " in row for row in rows) == 3
+    full, first_exit = rows[0], rows[1]
+    assert "···█ 0/0/0/100" in full
+    assert "█··· 100/0/0/0" in first_exit
+    assert re.search(r"100% +0%", full)
+
+
+def test_it_says_where_docs_and_metrics_are(first):
+    assert re.search(r"docs +http://127\.0\.0\.1:\d+/docs", first.stdout)
+    assert re.search(r"metrics +http://127\.0\.0\.1:\d+/metrics", first.stdout)
+
+
+def test_the_server_has_stopped(first):
+    port = int(re.findall(r"127\.0\.0\.1:(\d+)", first.stdout)[0])
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_progress_is_shown_while_it_trains_and_measures(first):
+    assert "training on digits" in first.stderr
+    assert "measuring" in first.stderr
+
+
+def test_the_bundle_stays_and_knows_how_it_was_made(folder, first):
+    manifest = open_bundle(folder / "digits").manifest
+    assert manifest.name == "digits"
+    assert manifest.labels == tuple("0123456789")
+    assert manifest.provenance.training["settings"]["epochs"] == 1
+
+
+def test_the_figure_is_a_picture_that_names_its_machine_seed_and_command(folder, first):
+    picture = (folder / "figure.svg").read_text()
+    assert ElementTree.fromstring(picture).tag.endswith("svg")
+    for named in ("seed 0", "cores of", "offramp demo --figure", "100/s"):
+        assert named in picture
+
+
+def test_the_second_run_trains_nothing_and_serves_the_same_bundle(first, second):
+    assert "training on digits" not in second.stderr
+    assert "using the bundle" in second.stderr
+    assert len(rows_of(second.stdout)) == 9
+
+
+def test_another_recipe_makes_another_bundle_and_bundle_only_serves_nothing(folder, second):
+    before = open_bundle(folder / "digits").manifest.model_digest
+    done = demo(folder, "--epochs", "1", "--seed", "1", "--threads", "1", "--bundle-only")
+    assert done.returncode == 0, done.stderr
+    assert "training on digits" in done.stderr
+    assert not rows_of(done.stdout)
+    assert open_bundle(folder / "digits").manifest.model_digest != before
+
+
+def test_a_broken_bundle_is_made_anew(folder, second):
+    (folder / "digits" / "manifest.json").write_text("{")
+    done = demo(folder, "--epochs", "1", "--threads", "1", "--bundle-only")
+    assert done.returncode == 0, done.stderr
+    assert open_bundle(folder / "digits").manifest.name == "digits"
