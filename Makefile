@@ -1,0 +1,84 @@
+# Everything is set up in .venv by the target that needs it. Python 3.11 or newer and make are all that must be there;
+# `make test-system` also runs Debian's Prometheus and docker-compose.
+#
+#   make demo                         PYTHON=python3.12 make demo
+#   make serve ARGS='--port 9000'     make test ARGS='tests/contract -x'
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# Stamps lie in .venv, so that they go with it. Each stands on the one before: pip never runs twice at once.
+VENV_MADE := $(VENV)/.made-venv
+CAN_RUN := $(VENV)/.can-run
+CAN_TEST := $(VENV)/.can-test
+CAN_TEST_SYSTEM := $(VENV)/.can-test-system
+CAN_LINT := $(VENV)/.can-lint
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+SYSTEM_TOOLS := prometheus promtool docker-compose curl
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo serve test test-system test-slow lint format dashboards clean
+
+help: ## show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(CAN_RUN) ## train, export, serve and measure real handwritten digits; ends by itself
+	@$(BIN)/offramp demo $(ARGS)
+
+serve: $(CAN_RUN) ## serve the demo's bundle until Ctrl-C
+	@$(BIN)/offramp demo --bundle-only
+	@$(BIN)/offramp serve .demo/digits $(ARGS)
+
+test: $(CAN_TEST) ## run the test suite
+	@$(BIN)/pytest $(ARGS)
+
+test-system: $(CAN_TEST_SYSTEM) ## run the tests that need Debian's packages
+	@for tool in $(SYSTEM_TOOLS); do command -v $$tool > /dev/null || { \
+	    echo "make test-system needs $$tool; on Debian: apt-get install prometheus docker-compose curl" >&2; exit 1; }; done
+	@$(BIN)/pytest -m system $(ARGS)
+
+test-slow: $(CAN_TEST) ## run the tests that take minutes
+	@$(BIN)/pytest -m slow $(ARGS)
+
+lint: $(CAN_LINT) ## check style, types and who imports whom
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/mypy dashboards/build.py
+	@$(BIN)/lint-imports
+
+format: $(CAN_LINT) ## format the code and fix what can be fixed
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+dashboards: $(CAN_TEST_SYSTEM) ## write dashboards/offramp.json anew
+	@$(BIN)/python dashboards/build.py
+
+clean: ## remove everything that make and the tools made
+	@rm -rf $(VENV) .demo .stamps .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV_MADE):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Offramp needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(CAN_RUN): pyproject.toml constraints.txt $(VENV_MADE)
+	$(PIP_INSTALL) --editable '.[cpu,export,loadtest]'
+	@touch $@
+
+$(CAN_TEST): $(CAN_RUN)
+	$(PIP_INSTALL) --editable '.[cpu,export,loadtest,test]'
+	@touch $@
+
+$(CAN_TEST_SYSTEM): $(CAN_TEST)
+	$(PIP_INSTALL) --editable '.[cpu,export,loadtest,test,dashboards]'
+	@touch $@
+
+$(CAN_LINT): $(CAN_TEST_SYSTEM)
+	$(PIP_INSTALL) --editable '.[cpu,export,loadtest,test,dashboards,lint]'
+	@touch $@
