@@ -37,6 +37,8 @@ test: $(CAN_TEST) ## run the test suite
 test-system: $(CAN_TEST_SYSTEM) ## run the tests that need Debian's packages
 	@for tool in $(SYSTEM_TOOLS); do command -v $$tool > /dev/null || { \
 	    echo "make test-system needs $$tool; on Debian: apt-get install prometheus docker-compose curl" >&2; exit 1; }; done
+	@/sbin/ldconfig -p | grep libb64.so.0d > /dev/null || { \
+	    echo "make test-system needs libb64; on Debian: apt-get install libb64-0d" >&2; exit 1; }
 	@$(BIN)/pytest -m system $(ARGS)
 
 test-slow: $(CAN_TEST) ## run the tests that take minutes
@@ -77,6 +79,9 @@ $(CAN_TEST): $(CAN_RUN)
 
 $(CAN_TEST_SYSTEM): $(CAN_TEST)
 	$(PIP_INSTALL) --editable '.[cpu,export,loadtest,test,dashboards]'
+	@# An older wheel of the client that carries perf_analyzer, beside the newest, which tests use; and the CUDA library
+	@# that perf_analyzer is linked against.
+	$(PIP_INSTALL) --upgrade --no-deps --target $(VENV)/perf-analyzer tritonclient==2.44.0 nvidia-cuda-runtime-cu12
 	@touch $@
 
 $(CAN_LINT): $(CAN_TEST_SYSTEM)

@@ -19,8 +19,8 @@ from offramp_contract.errors import InvalidValue, NotReady, OfframpError, Unknow
 from offramp_runtime import Bundle, Device, open_bundle, open_device
 
 from offramp_server.admission import Admission
-from offramp_server.api.fields import NoLimits, read_routing
 from offramp_server.engine_settings import EngineSettings
+from offramp_server.fields import NoLimits, read_routing
 from offramp_server.inputs import conform
 from offramp_server.loop import DeviceLoop
 from offramp_server.messages import Loaded, NoObserver, Observer, Progress, RequestOptions, Result

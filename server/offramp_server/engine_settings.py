@@ -28,7 +28,7 @@ class EngineSettings:
     max_inflight_samples: int = 4096
     max_wait_ms: float = 2000.0
     default_latency_ms: float | None = 2000.0
-    margin_ms: float = 1.5
+    margin_ms: float = 2.5
     warm_up_s: float = 3.0
     fair_share_ms: float = 50.0
 

@@ -69,7 +69,7 @@ class ServerSettings(BaseSettings):
         "under load (429) instead of answering late.",
     )
     margin_ms: float = Field(
-        1.5,
+        2.5,
         ge=0,
         allow_inf_nan=False,
         description="Time kept free between a dispatch's predicted end and a deadline, for handing the answer to the "

@@ -12,7 +12,7 @@ from offramp_contract.errors import InvalidValue, OfframpError, RequestError
 from offramp_contract.manifest import Manifest
 from offramp_contract.policy_spec import ConfidenceSpec, EntropySpec, PatienceSpec
 from offramp_runtime import open_bundle
-from offramp_server.api.fields import FIELDS, NoLimits, Routing, fields_of_text, read_routing
+from offramp_server.fields import FIELDS, NoLimits, Routing, fields_of_text, read_routing
 
 
 def certificate(kind: str, bound: float) -> Certificate:

@@ -1,5 +1,10 @@
 import gzip
+import shutil
 import zlib
+from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -354,6 +359,48 @@ def test_repository_control_is_refused_unless_it_is_switched_on(toy: Any) -> Non
     assert toy.client.get("/v2/models/toy/ready").status_code == 200
 
 
+def test_health_is_the_engines_own_word(serve: Callable[..., Any], toy_bundle: Path) -> None:
+    running = serve(toy_bundle)
+
+    def health() -> list[int]:
+        return [
+            running.client.get(f"/v2/{path}").status_code
+            for path in ("health/live", "health/ready", "models/toy/ready")
+        ]
+
+    assert health() == [200, 200, 200]
+    running.engine.drain(0)
+    assert health() == [200, 503, 503]
+    assert running.client.get("/v2/health/ready").json() == {"ready": False, "error": "the engine is draining"}
+    running.engine.close()
+    assert health() == [503, 503, 503]
+
+
+def test_no_request_fails_while_a_new_version_is_put_into_the_repository(
+    serve: Callable[..., Any], make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    def put(gain: float) -> None:
+        archive = shutil.make_archive(str(tmp_path / f"staged-{gain}"), "zip", make_bundle(gains=(gain, gain)))
+        Path(archive).rename(tmp_path / "repository" / "toy.zip")
+
+    (tmp_path / "repository").mkdir()
+    put(1.0)
+    running = serve(folder=tmp_path / "repository", repository_poll_s=0.01)
+    seen: list[tuple[str, float]] = []
+
+    def ask() -> str:
+        document = infer(running, body_of(SURE))
+        seen.append((document["model_version"], values(document)["logits"][1]))
+        return seen[-1][0]
+
+    old = ask()
+    put(2.0)
+    while ask() == old:
+        pass
+    assert {logit for version, logit in seen if version == old} == {9.0}
+    assert {logit for version, logit in seen if version != old} == {18.0}
+
+
 def row_of(exit_index: int, num_classes: int) -> RowAnswer:
     logits_C = np.arange(num_classes, dtype=np.float32)
     answer = exit_answer(exit_index, decision_of_logits(logits_C[None])[0], logits_C)
@@ -371,3 +418,21 @@ def test_exits_of_different_numbers_of_classes_do_not_share_a_tensor(toy: Any) -
     uneven = served.manifest.model_copy(update={"exits": exits})
     names = {output.name for output in requested_outputs((), False, uneven)}
     assert names == set(OUTPUTS) - {"logits", "probabilities"}
+
+
+def test_probabilities_are_calibrated_unless_they_were_already_when_exits_were_combined(toy: Any) -> None:
+    served = copy(toy.engine.model("toy"))
+    served.calibration = served.calibration.model_copy(update={"temperatures": (2.0, 2.0, 2.0)})
+    outputs = [RequestedOutput("probabilities", is_binary=False)]
+    row = row_of(1, 4)
+    combined = replace(row, stages=(0, 1))
+
+    def probabilities(row: RowAnswer, combine: Any) -> list[float]:
+        (tensor,) = output_tensors(outputs, [row], served, combine)
+        return [float(value) for value in np.asarray(tensor.values).ravel()]
+
+    logits_C = np.arange(4, dtype=np.float32)
+    calibrated, as_they_are = (np.exp(log_softmax(logits_C / temperature)).tolist() for temperature in (2.0, 1.0))
+    assert probabilities(combined, "last") == pytest.approx(calibrated)
+    assert probabilities(row, "mean") == pytest.approx(calibrated)  # it has seen one exit alone
+    assert probabilities(combined, "mean") == pytest.approx(as_they_are)

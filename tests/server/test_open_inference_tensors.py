@@ -129,7 +129,7 @@ def test_a_request_is_read_whichever_inputs_are_binary(
     }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_whatever_is_sent_is_read_or_refused_on_purpose(data: st.DataObject) -> None:
     """A valid request with one part of it replaced by anything."""

@@ -317,17 +317,20 @@ def test_what_has_gone_from_the_folder_is_unloaded(engine: Engine, folder: Path,
     wait_until_gone(engine, served)
 
 
-def test_an_unloaded_model_stays_away_until_it_is_loaded_by_name(engine: Engine, folder: Path, old: Path) -> None:
-    put(old, folder / "toy")
+def test_an_unloaded_model_stays_away_until_it_is_loaded_by_name(
+    engine: Engine, folder: Path, old: Path, new: Path
+) -> None:
+    exchange_zip(folder, old)
     repository = Repository(engine, folder)
     repository.load_all()
     repository.unload("toy")
+    exchange_zip(folder, new)
     repository.refresh()
     assert repository.index() == [IndexEntry("toy", "", "UNAVAILABLE", "unloaded")]
     with pytest.raises(UnknownModel):
         repository.find("toy")
     repository.load("toy")
-    assert repository.index() == [IndexEntry("toy", version_of(old), "READY")]
+    assert repository.index() == [IndexEntry("toy", version_of(new), "READY")]
 
 
 def test_a_model_can_be_loaded_again_while_its_earlier_load_lingers(engine: Engine, folder: Path, old: Path) -> None:

@@ -170,6 +170,18 @@ def test_it_reads_the_statistics(client: Any) -> None:
     assert after["inference_stats"]["success"]["count"] - before["inference_stats"]["success"]["count"] == 1
 
 
+def test_the_statistics_number_the_version_and_that_number_names_it(client: Any) -> None:
+    """Triton's own tools read versions as decimal integers, and book compute in three parts of equal counts."""
+    client.infer("toy", [input_of(ROWS)])
+    statistics = client.get_inference_statistics("toy")["model_stats"][0]
+    version = client.get_model_metadata("toy")["versions"][0]
+    assert int(statistics["version"]) == int(version, 16) < 2**63
+    assert client.is_model_ready("toy", statistics["version"])
+    check(client.infer("toy", [input_of(ROWS)], model_version=statistics["version"]), ["logits"])
+    parts = [statistics["inference_stats"][f"compute_{part}"]["count"] for part in ("input", "infer", "output")]
+    assert len(set(parts)) == 1
+
+
 @pytest.fixture
 def repository(serve: Callable[..., Any], make_bundle: Callable[..., Path], tmp_path: Path) -> Iterator[Any]:
     shutil.copytree(make_bundle(), tmp_path / "first")

@@ -7,8 +7,8 @@ from offramp_contract.errors import OfframpError
 from offramp_contract.manifest import Manifest
 from starlette.responses import Response
 
-from offramp_server.api.fields import Routing
 from offramp_server.api.problems import problem_of
+from offramp_server.fields import Routing
 from offramp_server.messages import ExitAnswer, Progress, Result, RowAnswer
 from offramp_server.served import ServedModel
 

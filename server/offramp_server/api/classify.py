@@ -10,9 +10,9 @@ from starlette.routing import Route
 from offramp_server.api.answers import answer_response, failure_of
 from offramp_server.api.disconnect import unless_disconnected
 from offramp_server.api.events import EVENT_STREAM, stream_response
-from offramp_server.api.fields import Routing, read_routing
 from offramp_server.api.payload import Payload, read_payload
 from offramp_server.context import ServerContext, context_of
+from offramp_server.fields import Routing, read_routing
 from offramp_server.messages import Inputs, Result
 from offramp_server.middleware import arrival_of
 from offramp_server.served import ServedModel

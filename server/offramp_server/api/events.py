@@ -9,8 +9,8 @@ from offramp_contract.errors import OfframpError
 from starlette.responses import StreamingResponse
 
 from offramp_server.api.answers import answer_document, failure_of, progress_document
-from offramp_server.api.fields import Routing
 from offramp_server.api.problems import internal_problem, problem_of
+from offramp_server.fields import Routing
 from offramp_server.messages import Progress, Result
 from offramp_server.served import ServedModel
 

@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from offramp_server.api.fields import COMBINATIONS, ON_MISS
 from offramp_server.context import context_of
+from offramp_server.fields import COMBINATIONS, ON_MISS
 from offramp_server.served import ServedModel
 
 

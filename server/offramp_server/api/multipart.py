@@ -6,7 +6,7 @@ from offramp_contract.errors import InvalidValue, MalformedRequest, TooLarge
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from offramp_server.api.fields import FIELDS
+from offramp_server.fields import FIELDS
 
 MAX_FIELD_BYTES = 4096
 

@@ -13,9 +13,9 @@ from offramp_contract.manifest import Manifest
 from starlette.requests import Request
 
 from offramp_server.api.bodies import read_body
-from offramp_server.api.fields import fields_of_text
 from offramp_server.api.multipart import read_form
 from offramp_server.context import ServerContext
+from offramp_server.fields import fields_of_text
 from offramp_server.inputs import inputs_of_lists, inputs_of_npy
 from offramp_server.messages import Inputs
 from offramp_server.preprocess import image_preprocessing, inputs_of_images, inputs_of_texts, text_preprocessing

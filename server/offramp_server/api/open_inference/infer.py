@@ -14,12 +14,12 @@ from starlette.routing import Route
 from offramp_server.api.answers import answer_headers
 from offramp_server.api.bodies import read_body
 from offramp_server.api.disconnect import unless_disconnected
-from offramp_server.api.fields import read_routing
 from offramp_server.api.open_inference.asked import asked_model
 from offramp_server.api.open_inference.outputs import needs_logits, output_tensors, requested_outputs
 from offramp_server.api.open_inference.request import InferRequest, RequestedOutput, read_request
 from offramp_server.api.open_inference.response import MAX_INLINE_BYTES, answer_parts, infer_response
 from offramp_server.context import ServerContext, context_of
+from offramp_server.fields import read_routing
 from offramp_server.inputs import conform
 from offramp_server.messages import Inputs, RequestOptions, Result, RowAnswer
 from offramp_server.middleware import arrival_of

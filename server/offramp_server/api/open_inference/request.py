@@ -9,8 +9,8 @@ import orjson
 from offramp_contract.errors import InvalidValue, MalformedRequest, TooLarge
 from offramp_contract.manifest import Manifest, Tensor
 
-from offramp_server.api.fields import FIELDS, fields_of_text
 from offramp_server.api.open_inference.tensors import DATATYPES, tensor_of_binary, tensor_of_json
+from offramp_server.fields import FIELDS, fields_of_text
 
 ROUTING_PARAMETERS: Final = tuple(name for name in FIELDS if name not in ("top_k", "explain"))
 """The fields of `/v1` but those that shape its JSON answer."""
