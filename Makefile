@@ -14,6 +14,7 @@ CAN_RUN := $(VENV)/.can-run
 CAN_TEST := $(VENV)/.can-test
 CAN_TEST_SYSTEM := $(VENV)/.can-test-system
 CAN_LINT := $(VENV)/.can-lint
+HAS_PERF_ANALYZER := $(VENV)/.has-perf-analyzer
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SYSTEM_TOOLS := prometheus promtool docker-compose curl
 
@@ -34,7 +35,7 @@ serve: $(CAN_RUN) ## serve the demo's bundle until Ctrl-C
 test: $(CAN_TEST) ## run the test suite
 	@$(BIN)/pytest $(ARGS)
 
-test-system: $(CAN_TEST_SYSTEM) ## run the tests that need Debian's packages
+test-system: $(CAN_TEST_SYSTEM) $(HAS_PERF_ANALYZER) ## run the tests that need Debian's packages
 	@for tool in $(SYSTEM_TOOLS); do command -v $$tool > /dev/null || { \
 	    echo "make test-system needs $$tool; on Debian: apt-get install prometheus docker-compose curl" >&2; exit 1; }; done
 	@/sbin/ldconfig -p | grep libb64.so.0d > /dev/null || { \
@@ -79,8 +80,11 @@ $(CAN_TEST): $(CAN_RUN)
 
 $(CAN_TEST_SYSTEM): $(CAN_TEST)
 	$(PIP_INSTALL) --editable '.[cpu,export,loadtest,test,dashboards]'
-	@# An older wheel of the client that carries perf_analyzer, beside the newest, which tests use; and the CUDA library
-	@# that perf_analyzer is linked against.
+	@touch $@
+
+# An older wheel of the client that carries perf_analyzer, beside the newest, which tests use; and the CUDA library
+# that perf_analyzer is linked against.
+$(HAS_PERF_ANALYZER): $(CAN_TEST_SYSTEM)
 	$(PIP_INSTALL) --upgrade --no-deps --target $(VENV)/perf-analyzer tritonclient==2.44.0 nvidia-cuda-runtime-cu12
 	@touch $@
 

@@ -53,6 +53,12 @@ class NotFinite(RequestError):
     code = "not_finite"
 
 
+class BodyTimeout(RequestError):
+    """The body has not arrived within the operator's time."""
+
+    code = "body_timeout"
+
+
 class TooLarge(RequestError):
     """The body, an image or the number of rows is over the operator's limit."""
 

@@ -134,9 +134,9 @@ def exit_costs_ms(client: Client, rounds: int) -> list[float]:
     """Measure what each exit costs the client without a budget, median, at the same pace as the budgets later."""
     seconds: dict[int, list[float]] = {exit_index: [] for exit_index in range(NUM_EXITS)}
     for _ in track(range(rounds), "costs"):
-        for exit_index in seconds:
+        for exit_index, taken in seconds.items():
             time.sleep(IDLE_BETWEEN_S)
-            seconds[exit_index].append(client.classify(_fixed(exit_index))[0])
+            taken.append(client.classify(_fixed(exit_index))[0])
     return [float(np.median(taken) * 1e3) for taken in seconds.values()]
 
 

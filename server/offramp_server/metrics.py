@@ -34,6 +34,7 @@ REFUSALS: dict[str, Outcome] = {
     errors.Cancelled.code: "cancelled",
     errors.MalformedRequest.code: "invalid",
     errors.InvalidValue.code: "invalid",
+    errors.BodyTimeout.code: "invalid",
     errors.TooLarge.code: "invalid",
     errors.UnsupportedBody.code: "invalid",
     errors.RequestError.code: "invalid",

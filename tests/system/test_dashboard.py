@@ -4,6 +4,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,11 @@ def evaluated(observed, panel, **variables):
         series = [(one["metric"], one["values"]) for one in found]
     numbers = [(labels, [float(value) for _, value in values]) for labels, values in series]
     return [(labels, [value for value in values if math.isfinite(value)]) for labels, values in numbers]
+
+
+def test_the_committed_dashboard_is_what_its_code_writes():
+    written = subprocess.run([sys.executable, DASHBOARDS / "build.py", "-"], capture_output=True, text=True, check=True)
+    assert written.stdout == (DASHBOARDS / "offramp.json").read_text(), "run `make dashboards`"
 
 
 @pytest.mark.parametrize("title", PANELS)

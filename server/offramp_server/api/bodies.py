@@ -4,10 +4,9 @@ import asyncio
 import zlib
 from typing import Final
 
-from offramp_contract.errors import MalformedRequest, TooLarge, UnsupportedBody
+from offramp_contract.errors import BodyTimeout, MalformedRequest, TooLarge, UnsupportedBody
 from starlette.requests import ClientDisconnect, Request
 
-from offramp_server.api.problems import BodyTimeout
 from offramp_server.settings import ServerSettings
 
 # zlib's window bits: 16 more reads the gzip format. Clients send `deflate` both with zlib's header, as RFC 9110 says,

@@ -23,18 +23,12 @@ CLIENT_CLOSED_REQUEST: Final = 499
 """Never seen by anyone but logs: the client has gone."""
 
 
-class BodyTimeout(RequestError):
-    """The body has not arrived within the operator's time."""
-
-    code = "body_timeout"
-
-
 STATUS: Final[dict[type[OfframpError], int]] = {
     errors.MalformedRequest: 400,
     errors.Unauthorized: 401,
     errors.NotPermitted: 403,
     errors.UnknownModel: 404,
-    BodyTimeout: 408,
+    errors.BodyTimeout: 408,
     errors.TooLarge: 413,
     errors.UnsupportedBody: 415,
     errors.InvalidValue: 422,
