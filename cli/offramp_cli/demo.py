@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from offramp_server.settings import ServerSettings
 from rich.table import Table
 
 from offramp_cli.console import progress, stderr, stdout
@@ -18,8 +19,6 @@ from offramp_cli.server_process import server_process
 
 BUDGET_SHARES = (1.5, 0.5)
 """Latency budgets, as shares of the way from the first exit's latency on an idle server to full depth's."""
-ANSWER_MS = 1.0
-"""The engine keeps `margin_ms` free for handing over an answer, more than that takes here: the difference, about."""
 
 
 def demo(
@@ -60,11 +59,12 @@ def _measure_table(load: DigitsLoad) -> list[Measured]:
     num_exits = len(load.exit_names)
     first, full, careful = at_exit(0, num_exits), at_exit(num_exits - 1, num_exits), confidence(0.95)
     fastest_ms, slowest_ms = load.idle_ms(first), load.idle_ms(full)
+    margin_ms = ServerSettings.load().margin_ms  # what the engine keeps free of every budget
     wide_ms, tight_ms = (
-        round(fastest_ms + share * (slowest_ms - fastest_ms) + ANSWER_MS, 1) for share in BUDGET_SHARES
+        round(fastest_ms + share * (slowest_ms - fastest_ms) + margin_ms, 1) for share in BUDGET_SHARES
     )
     unlimited = [full, first, confidence(0.8), careful, entropy(0.1), patience(1)]
-    limited = [full.within(wide_ms), full.within(tight_ms), careful.within(tight_ms)]
+    limited = [full.within(wide_ms), careful.within(wide_ms), full.within(tight_ms)]
     return _all(load, [*unlimited, *limited], "measuring")
 
 

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from offramp_server.messages import Inputs
 
+Image.init()  # else the first image waits for every decoder to be imported, some 20 ms
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
