@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
-from offramp_contract.errors import InvalidValue, MalformedRequest, TooLarge
+from offramp_contract.errors import InvalidValue, MalformedRequest, ManifestError, OfframpError, TooLarge
 from offramp_contract.manifest import ImagePreprocessing, Manifest, TextPreprocessing
 from offramp_runtime import Bundle
 from PIL import Image
@@ -92,6 +92,16 @@ def inputs_of_texts(texts: Sequence[str], bundle: Bundle) -> Inputs:
     return inputs
 
 
+def prepare(bundle: Bundle) -> None:
+    """Read what a bundle's preprocessing needs beside the manifest, so that serving never goes back to its files.
+
+    Raises:
+        ManifestError: If it cannot be used.
+    """
+    if isinstance(bundle.manifest.preprocessing, TextPreprocessing):
+        _tokenizer(_source(bundle))
+
+
 @dataclass(frozen=True, slots=True)
 class _TokenizerSource:
     sha256: str
@@ -107,7 +117,12 @@ def _source(bundle: Bundle) -> _TokenizerSource:
 @lru_cache(maxsize=64)
 def _tokenizer(source: _TokenizerSource) -> Tokenizer:
     file = text_preprocessing(source.bundle.manifest).tokenizer
-    tokenizer = Tokenizer.from_str(source.bundle.read(file).decode())
+    try:
+        tokenizer = Tokenizer.from_str(source.bundle.read(file).decode())
+    except OfframpError:
+        raise
+    except Exception as error:  # the library raises bare Exceptions
+        raise ManifestError(f"file {file.path!r} is no tokenizer that the tokenizers library reads") from error
     tokenizer.enable_truncation(source.length)
     tokenizer.no_padding()
     return tokenizer

@@ -24,6 +24,7 @@ from offramp_contract.errors import BundleError, InvalidValue, NotReady, Offramp
 from offramp_runtime import Bundle, open_bundle
 
 from offramp_server.engine import Engine
+from offramp_server.preprocess import prepare
 from offramp_server.repository_files import Fingerprint, Source, fingerprint_of, scan
 from offramp_server.served import ServedModel
 
@@ -242,6 +243,7 @@ class Repository:
             bundle = open_bundle(source.path)
             if current is not None and _is_same(bundle, current.bundle):
                 return current
+            prepare(bundle)
             served = self.engine.add_model(bundle, source.name)
         except OfframpError:
             raise

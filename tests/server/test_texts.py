@@ -3,10 +3,10 @@ import hashlib
 import numpy as np
 import pytest
 from offramp_contract.calibration import Calibration
-from offramp_contract.errors import InvalidValue
+from offramp_contract.errors import InvalidValue, ManifestError
 from offramp_contract.manifest import Exit, File, Manifest, Provenance, Stage, Tensor, TextPreprocessing
 from offramp_runtime import Bundle
-from offramp_server.preprocess import inputs_of_texts
+from offramp_server.preprocess import inputs_of_texts, prepare
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -29,11 +29,11 @@ class OneFile:
         return self._content
 
 
-def text_bundle(*, with_mask: bool) -> Bundle:
+def text_bundle(*, with_mask: bool, content: bytes | None = None) -> Bundle:
     tokenizer = Tokenizer(WordLevel(WORDS, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.enable_padding(pad_id=1, pad_token="[PAD]", length=50)  # the bundle's own length wins
-    content = tokenizer.to_str().encode()
+    content = tokenizer.to_str().encode() if content is None else content
     inputs = [Tensor(name="ids", dtype="int64", shape=(5,))]
     if with_mask:
         inputs.append(Tensor(name="mask", dtype="float32", shape=(5,)))
@@ -72,3 +72,16 @@ def test_a_model_of_images_says_that_it_takes_no_text() -> None:
     bare = Bundle(bundle.manifest.model_copy(update={"preprocessing": None}), bundle.calibration, bundle.files)
     with pytest.raises(InvalidValue, match="declares no text preprocessing"):
         inputs_of_texts(["x"], bare)
+
+
+def test_a_prepared_bundle_answers_without_its_files() -> None:
+    bundle = text_bundle(with_mask=True, content=None)
+    prepare(bundle)
+    gone = Bundle(bundle.manifest, bundle.calibration, OneFile(b"replaced by another version"))
+    assert inputs_of_texts(["well"], gone)["ids"].shape == (1, 5)
+
+
+@pytest.mark.parametrize("content", [b"{}", b"no json", b"\xff"])
+def test_a_broken_tokenizer_is_refused_by_name_before_it_serves(content: bytes) -> None:
+    with pytest.raises(ManifestError, match=r"'tokenizer\.json' is no tokenizer"):
+        prepare(text_bundle(with_mask=True, content=content))
