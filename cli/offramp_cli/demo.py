@@ -2,7 +2,9 @@
 
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -37,6 +39,7 @@ def demo(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to train and to serve with.")] = None,
 ) -> None:
     """Train a small network on handwritten digits, serve it, and measure policies and latency budgets over HTTP."""
+    signal.signal(signal.SIGTERM, _leave)
     out.mkdir(parents=True, exist_ok=True)
     bundle = digits_bundle(out, Recipe(seed, epochs, threads), fresh)
     if bundle_only:
@@ -128,4 +131,10 @@ def _draw(load: DigitsLoad, figure: Path) -> None:
 
 def _serve_until_interrupted(url: str) -> None:
     stdout.print(f"\nserving at {url} until Ctrl-C", highlight=False)
-    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    with suppress(KeyboardInterrupt):
+        signal.pause()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End by way of the blocks that clean up, so that no server is left behind."""
+    raise SystemExit(128 + number)

@@ -32,7 +32,10 @@ def server_process(bundle: Path, log: Path, flags: Sequence[str] = ()) -> Iterat
     port = _free_port()
     command = [sys.executable, "-m", "offramp_cli", "serve", str(bundle), "--port", str(port), *flags]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        # A session of its own: Ctrl-C is for us, and we stop the server with SIGTERM.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         url = f"http://127.0.0.1:{port}"
         try:
             _wait_until_ready(url, process, log)

@@ -37,6 +37,7 @@ def train(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
         exit_weights=_numbers(exit_weights), seed=seed, device=device,
     )  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is better known before the training
     try:
         trained, images = create_network(network, seed), load_data(data, seed)
         record = fit(trained, images, settings, threads)
@@ -84,7 +85,6 @@ def save(network: "nn.Module", record: "TrainingRecord", name: str, out: Path) -
     """Write weights (loadable with `weights_only=True`) and, beside them, the record as JSON."""
     import torch
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(network.state_dict(), out)
     written = {"network": name} | record.to_json()
     record_path(out).write_text(json.dumps(written, indent=1) + "\n")

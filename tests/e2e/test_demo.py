@@ -2,12 +2,14 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import httpx
 import pytest
 from offramp_runtime import open_bundle
 
@@ -98,6 +100,32 @@ def test_the_second_run_trains_nothing_and_serves_the_same_bundle(first, second)
     assert "training on digits" not in second.stderr
     assert "using the bundle" in second.stderr
     assert len(rows_of(second.stdout)) == 9
+
+
+def test_keep_serving_serves_until_it_is_interrupted_and_then_leaves_nothing_running(folder, second):
+    command = [sys.executable, "-m", "offramp_cli", "demo", "--out", str(folder), *SMALL, "--keep-serving"]
+    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "OFFRAMP_WARM_UP_S": "0.3", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as it:
+        assert it.stdout is not None
+        line = next(line for line in it.stdout if line.startswith("serving at "))
+        url = line.split()[2]
+        assert httpx.get(f"{url}/v2/health/ready", trust_env=False).status_code == 200
+        it.send_signal(signal.SIGINT)
+        assert it.wait(60) == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/v2/health/ready", trust_env=False)
+
+
+def test_a_demo_that_is_told_to_stop_takes_its_server_with_it(folder, second):
+    command = [sys.executable, "-m", "offramp_cli", "demo", "--out", str(folder), *SMALL, "--rate", "1"]
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "OFFRAMP_WARM_UP_S": "0.3"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as it:
+        assert it.stderr is not None
+        line = next(line for line in it.stderr if " at http://" in line)
+        it.send_signal(signal.SIGTERM)
+        assert it.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(line.split()[-1], trust_env=False)
 
 
 def test_another_recipe_makes_another_bundle_and_bundle_only_serves_nothing(folder, second):
