@@ -38,14 +38,15 @@ def digits_bundle(folder: Path, recipe: Recipe, fresh: bool) -> Path:
         fresh: Make it anew in any case.
     """
     bundle = folder / NAME
-    if not fresh and _is_made_by(recipe, bundle):
+    if not fresh and is_made_by(recipe, bundle):
         stderr.print(f"[green]✓[/] using the bundle in {bundle} (--fresh trains it anew)", highlight=False)
         return bundle
     _make(folder, recipe)
     return bundle
 
 
-def _is_made_by(recipe: Recipe, bundle: Path) -> bool:
+def is_made_by(recipe: Recipe, bundle: Path) -> bool:
+    """Say whether a sound bundle is there that was made by a recipe."""
     from offramp_runtime import open_bundle
 
     try:

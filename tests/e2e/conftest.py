@@ -69,10 +69,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = MultiExitCNN(widths=(8, 16, 24), blocks=(1, 1, 2), strides=(1, 2, 1), upscale=1)
-    train(network, data, TrainingSettings(epochs=4))
+    record = train(network, data, TrainingSettings(epochs=4))
     bundle = tmp_path_factory.mktemp("e2e") / "digits"
     inputs = torch.from_numpy(data.inputs(data.calibration)[:8])
-    export(network, inputs, bundle, name="digits", labels=data.label_names, preprocessing=data.preprocessing)
+    described = {"labels": data.label_names, "preprocessing": data.preprocessing, "training": record.to_json()}
+    export(network, inputs, bundle, name="digits", **described)
     return Trained(network, data, bundle)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from xml.etree import ElementTree
 
 import httpx
 import pytest
+from offramp_cli.digits import Recipe, is_made_by
 from offramp_runtime import open_bundle
 
 COLUMNS = ("policy", "budget", "accuracy", "average depth", "compute saved", "p50 ms", "p99 ms", "exits, %", "forced")
@@ -137,8 +139,12 @@ def test_another_recipe_makes_another_bundle_and_bundle_only_serves_nothing(fold
     assert open_bundle(folder / "digits").manifest.model_digest != before
 
 
-def test_a_broken_bundle_is_made_anew(folder, second):
-    (folder / "digits" / "manifest.json").write_text("{")
-    done = demo(folder, "--epochs", "1", "--threads", "1", "--bundle-only")
-    assert done.returncode == 0, done.stderr
-    assert open_bundle(folder / "digits").manifest.name == "digits"
+def test_a_bundle_is_used_again_only_if_it_is_sound_and_made_by_the_same_recipe(trained, tmp_path):
+    made = Recipe(epochs=4)
+    assert is_made_by(made, trained.bundle)
+    assert not is_made_by(Recipe(epochs=4, seed=1), trained.bundle)
+    assert not is_made_by(Recipe(epochs=5), trained.bundle)
+    assert not is_made_by(made, tmp_path)
+    shutil.copytree(trained.bundle, tmp_path / "broken")
+    (tmp_path / "broken" / "stages" / "01.onnx").write_bytes(b"")
+    assert not is_made_by(made, tmp_path / "broken")

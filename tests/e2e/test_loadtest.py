@@ -29,7 +29,7 @@ def test_a_run_is_reported_to_the_person_and_in_full_to_a_file(loadtest, served,
         "--field", "policy=confidence", "--field", "threshold=0.9", "--slo-ms", 5000, "--out", out,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    for heading in ("latency, from due", "accuracy", "average depth", "correct goodput", "exit_0"):
+    for heading in ("latency, from due", "accuracy", "average depth", "correct goodput", "exit_2"):
         assert heading in done.output
     summary = json.loads(out.read_text())
     assert summary["outcomes"]["ok"] == summary["arrivals"] > 50

@@ -1,5 +1,6 @@
 """The engine with its thread: what it promises whatever happens to it."""
 
+import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -458,6 +459,26 @@ def test_a_thread_that_dies_answers_everyone_it_owed_and_readiness_says_so(held,
     assert held.log.inflight["chain"] == 0
     engine.close()
     assert [len(waiter.events) for waiter in waiters] == [1] * 4
+
+
+def test_a_loader_whose_warm_up_the_thread_dies_in_is_told(open_engine, chain, monkeypatch):
+    engine = open_engine(chain)
+
+    def deadly(self, clock, budget_s):
+        yield
+        raise Killed
+
+    refusals = queue.SimpleQueue()
+
+    def load():
+        with pytest.raises(NotReady) as refusal:
+            engine.add_model(chain.bundle, "another")
+        refusals.put(refusal.value.message)
+
+    monkeypatch.setattr(ServedModel, "warm_up", deadly)
+    threading.Thread(target=load, daemon=True).start()  # a loader that is not told would hold up more than this test
+    assert "died" in refusals.get(timeout=WAIT_S)
+    assert not engine.is_alive
 
 
 def test_an_observer_that_raises_costs_nobody_an_answer(open_engine, chain, options):
