@@ -40,7 +40,8 @@ def draw_trade_off(adaptive: "Sequence[Measured]", static: "Sequence[Measured]",
         compute.set(xlabel="average compute, share of full depth", ylabel="accuracy on test images")
         compute.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         compute.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-        compute.set_xlim(0, 1.05)
+        compute.set_xlim(0, 1.14)
+        compute.set_ylim(min(point.accuracy for point in static) - 0.01, 1.005)
         latency.set(xlabel="median latency over HTTP, ms")
         latency.set_xlim(left=0)
         compute.legend(frameon=False, loc="lower right")
@@ -59,12 +60,13 @@ def _curve(axis: Any, points: "Sequence[Measured]", value: str, look: dict[str, 
 
 
 def _label_points(axis: Any, adaptive: "Sequence[Measured]", static: "Sequence[Measured]") -> None:
-    for point in adaptive:
-        where = {"xytext": (-3, 6), "textcoords": "offset points", "ha": "right", "fontsize": 7}
-        axis.annotate(point.asked.short, (point.mean_depth, point.accuracy), color=EARLY, **where)
-    for point in static:
-        where = {"xytext": (5, -10), "textcoords": "offset points", "fontsize": 7}
-        axis.annotate(point.asked.short, (point.mean_depth, point.accuracy), color=STATIC, **where)
+    looks = ((adaptive, EARLY, (-3, 6), "right"), (static, STATIC, (7, -4), "left"))
+    for points, colour, offset, side in looks:
+        for point in points:
+            place = (point.mean_depth, point.accuracy)
+            axis.annotate(
+                point.asked.short, place, offset, textcoords="offset points", color=colour, ha=side, fontsize=7
+            )
 
 
 def _caption(static: "Sequence[Measured]", plan: "LoadPlan") -> str:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,17 +24,32 @@ from offramp_server.engine_settings import EngineSettings
 from offramp_server.fields import NoLimits, read_routing
 from offramp_server.inputs import conform
 from offramp_server.loop import DeviceLoop
-from offramp_server.messages import Loaded, NoObserver, Observer, Progress, RequestOptions, Result
+from offramp_server.messages import NoObserver, Observer, RequestOptions, Result
 from offramp_server.scheduler import Scheduler
 from offramp_server.served import Clock, ServedModel
 from offramp_server.shield import ShieldedObserver
-from offramp_server.submission import Listener, Sample, Submission
+from offramp_server.submission import Listener, Sample, Submission, Waiter
 
 logger = logging.getLogger(__name__)
 
 ROUNDS_PER_CHORE = 8
 """While there is work, profiling a new model gets one run in so many rounds."""
 CLOSE_TIMEOUT_S = 60.0
+
+
+@dataclass(slots=True)
+class _Chore:
+    """Work for the device that nobody waits for with a deadline, in small steps.
+
+    Attributes:
+        steps: Gives, before each step, the seconds that step is expected to take.
+        next_s: Those of the next step.
+        done: Resolved when no step is left.
+    """
+
+    steps: Iterator[float]
+    next_s: float = 0.0
+    done: Future[None] = field(default_factory=Future)
 
 
 class Engine:
@@ -71,7 +87,7 @@ class Engine:
         )
         self._wakeup = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
-        self._chores: deque[tuple[Iterator[None], Future[None]]] = deque()
+        self._chores: deque[_Chore] = deque()
         self._models: tuple[ServedModel, ...] = ()
         self._is_draining = False
         self._is_stopping = False
@@ -133,11 +149,10 @@ class Engine:
             NotReady: If the engine is closed or dies meanwhile.
         """
         served = ServedModel(name or bundle.manifest.name, bundle, self.device, self.settings.max_batch)
-        warmed: Future[None] = Future()
-        chore = served.warm_up(self._clock, self.settings.warm_up_s)
-        self._command(lambda: self._chores.append((chore, warmed)))
-        warmed.result()
-        self._observer.model_added(_loaded(served))
+        chore = _Chore(served.warm_up(self._clock, self.settings.warm_up_s))
+        self._command(lambda: self._chores.append(chore))
+        chore.done.result()
+        self._observer.model_added(served.loaded)
         self._command(lambda: self._loop.add_model(served))
         with self._wakeup:
             self._models = (*self._models, served)
@@ -217,18 +232,18 @@ class Engine:
         routing = read_routing(fields, served.manifest, served.calibration, NoLimits(), wants_logits=True)
         arrays = inputs if isinstance(inputs, dict) else {served.manifest.inputs[0].name: inputs}
         checked = conform(arrays, served.manifest, self.settings.max_inflight_samples, allow_single=True)
-        waiter = _Waiter()
+        waiter = Waiter()
         self.submit(served, checked, routing.options, waiter)
         return waiter.result.result()
 
     def model(self, name: str | None = None) -> ServedModel:
-        """Give the model of that name, or the only one.
+        """Give the model of that name, the newest of its versions, or the only one.
 
         Raises:
             UnknownModel: If there is none.
             InvalidValue: If there are several and no name.
         """
-        if name is None and len(self._models) > 1:
+        if name is None and len({served.name for served in self._models}) > 1:
             raise InvalidValue("model: several are loaded, name one", field="model")
         for served in reversed(self._models):
             if name in (None, served.name):
@@ -279,7 +294,7 @@ class Engine:
                 ran = self._loop.step()
                 rounds += 1
                 if self._chores and (not ran or rounds % ROUNDS_PER_CHORE == 0):
-                    self._advance_chore()
+                    self._advance(self._chores[0])
         except BaseException as error:
             logger.critical("the engine's thread has died", exc_info=True)
             self._cause_of_death = type(error).__name__
@@ -297,17 +312,19 @@ class Engine:
         while self._commands:
             self._commands.popleft()()
 
-    def _advance_chore(self) -> None:
-        chore, done = self._chores[0]
+    def _advance(self, chore: _Chore) -> None:
+        """Do one step of a chore, unless that would break the promise of a row that waits."""
+        if chore.next_s > self._loop.slack_s:
+            return
         try:
-            next(chore)
+            chore.next_s = next(chore.steps)
         except StopIteration:
             self._chores.popleft()
-            done.set_result(None)
+            chore.done.set_result(None)
         except Exception as error:
             # A model that cannot even be warmed up is its loader's problem; the others go on.
             self._chores.popleft()
-            done.set_exception(error)
+            chore.done.set_exception(error)
 
     def _answer_everyone(self) -> None:
         with self._wakeup:
@@ -316,25 +333,6 @@ class Engine:
         while self._commands:
             with suppress(Exception):  # what killed the thread may have left anything behind it in any state
                 self._commands.popleft()()
-        for _, done in self._chores:
-            done.set_exception(error)
+        for chore in self._chores:
+            chore.done.set_exception(error)
         self._loop.abandon(error)
-
-
-def _loaded(served: ServedModel) -> Loaded:
-    stages = tuple(
-        (stage.name, key.variant) for stage, key in zip(served.manifest.stages, served.queue_keys, strict=True)
-    )
-    return Loaded(served.name, served.version, stages, tuple(exit_.name for exit_ in served.manifest.exits))
-
-
-class _Waiter:
-    """Lets a thread wait for one submission's result."""
-
-    def __init__(self) -> None:
-        self.result: Future[Result] = Future()
-
-    def deliver(self, events: list[tuple[Submission, Progress | Result]]) -> None:
-        for _, event in events:
-            if isinstance(event, Result):
-                self.result.set_result(event)

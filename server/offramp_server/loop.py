@@ -17,7 +17,7 @@ from offramp_contract.policy import Reason
 from offramp_contract.statistics import Decision, FloatArray
 from offramp_runtime import DeviceTensor, StageOutput
 
-from offramp_server.messages import Departure, Observer, Progress, RequestDone, Result, RowAnswer, StageRun
+from offramp_server.messages import Departure, Observer, Progress, Result, RowAnswer, StageRun
 from offramp_server.router import route
 from offramp_server.scheduler import Dispatch, QueueKey, Scheduler
 from offramp_server.served import Clock, ServedModel
@@ -66,6 +66,11 @@ class DeviceLoop:
     def has_work(self) -> bool:
         """Whether any sample waits."""
         return len(self._scheduler) > 0
+
+    @property
+    def slack_s(self) -> float:
+        """Seconds the device may do something else before a promise is broken; infinite if nothing waits."""
+        return self._scheduler.slack_s(self._clock())
 
     def add_model(self, served: ServedModel) -> None:
         """Open the queues of a warmed-up model."""
@@ -223,7 +228,7 @@ class DeviceLoop:
         staying = [samples[i] for i in survivors]
         live = served.live_after[stage]
         places = None if len(survivors) == len(samples) else survivors
-        kept = self._attempt(served, stage, staying, lambda: _keep(served, tensors, live, places))
+        kept = self._attempt(served, stage, staying, lambda: served.compact(stage, tensors, places))
         if kept is None:
             return
         now = self._clock()
@@ -246,7 +251,7 @@ class DeviceLoop:
             served = sample.submission.served
             answer = sample.leave(reason)
             served.profile.observe_row(sample.device_s)
-            self._departures.append(_departure(served, answer))
+            self._departures.append(sample.departure(answer))
             self._settle([sample], answer)
 
     def _settle(self, samples: Sequence[Sample], answer: RowAnswer | OfframpError) -> None:
@@ -265,7 +270,7 @@ class DeviceLoop:
                 result = submission.result(now)
                 submission.served.tally.count_request(result, submission.outcome())
                 self._post(submission, result)
-                self._observer.request_done(_done(submission, now))
+                self._observer.request_done(submission.done(now))
 
     def _post(self, submission: Submission, event: Progress | Result) -> None:
         self._outbox.setdefault(submission.listener, []).append((submission, event))
@@ -284,16 +289,6 @@ class DeviceLoop:
                 self._on_settled(served, num_rows)
 
 
-def _keep(
-    served: ServedModel, tensors: dict[str, DeviceTensor], live: set[str], places: list[int] | None
-) -> dict[str, DeviceTensor]:
-    """Compact what is live to the rows at some places; None keeps all rows."""
-    kept = {name: tensor for name, tensor in tensors.items() if name in live}
-    if places is None:
-        return kept
-    return {name: served.executor.device.take(tensor, places) for name, tensor in kept.items()}
-
-
 def _look(exit_index: int, samples: Sequence[Sample], decision_BD: FloatArray, logits_BC: FloatArray | None) -> None:
     """Let each row remember what the exit says about it."""
     for i, sample in enumerate(samples):
@@ -301,18 +296,6 @@ def _look(exit_index: int, samples: Sequence[Sample], decision_BD: FloatArray, l
         answer = exit_answer(exit_index, decision_BD[i], kept_C)
         sample.see(answer)
         sample.classes.append(int(answer.top_class_K[0]))
-
-
-def _departure(served: ServedModel, answer: RowAnswer) -> Departure:
-    exit_index = answer.answer.exit_index
-    exit_name = served.manifest.exits[exit_index].name
-    return Departure(served.name, served.version, exit_index, exit_name, answer.reason, answer.depth)
-
-
-def _done(submission: Submission, now: float) -> RequestDone:
-    served = submission.served
-    slack_s = None if submission.budget_ms is None else submission.deadline_s - now
-    return RequestDone(served.name, served.version, submission.outcome(), now - submission.arrival_s, slack_s)
 
 
 def _not_finite(served: ServedModel, exit_index: int, sample: Sample) -> NotFinite:

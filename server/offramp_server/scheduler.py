@@ -165,6 +165,10 @@ class Scheduler(Generic[W]):
         """Count the samples that wait for a stage."""
         return len(self._queues[key].entries)
 
+    def slack_s(self, now: float) -> float:
+        """Seconds the device may do something else before a waiting row misses its promise; infinite if none waits."""
+        return min((self._slacks(queue, now)[1] for queue in self._queues.values() if queue.entries), default=math.inf)
+
     def charge(self, model: str, seconds: float) -> None:
         """Book device time on a model's share."""
         if model in self._shares:

@@ -10,6 +10,7 @@ from offramp_contract.manifest import Manifest
 from offramp_contract.statistics import FloatArray
 from offramp_runtime import Bundle, Device, DeviceTensor, StageExecutor
 
+from offramp_server.messages import Loaded
 from offramp_server.profile import Profile
 from offramp_server.scheduler import QueueKey
 from offramp_server.tally import Tally
@@ -56,17 +57,42 @@ class ServedModel:
         """Give the share of the full path's FLOPs that these stages make."""
         return sum(self._flops[stage] for stage in stages) / max(sum(self._flops), 1)
 
+    @property
+    def loaded(self) -> Loaded:
+        """Name its stages and exits for those who count."""
+        variants = (key.variant for key in self.queue_keys)
+        stages = tuple(zip((stage.name for stage in self.manifest.stages), variants, strict=True))
+        return Loaded(self.name, self.version, stages, tuple(exit_.name for exit_ in self.manifest.exits))
+
+    def compact(
+        self, stage: int, tensors: dict[str, DeviceTensor], places: list[int] | None
+    ) -> dict[str, DeviceTensor]:
+        """Keep, of tensors at hand after a stage, those that later stages read, cut down to the rows at some places.
+
+        Args:
+            stage: The stage that has run.
+            tensors: What it read and what it wrote.
+            places: The rows that go on; None if all do.
+        """
+        live = {name: tensor for name, tensor in tensors.items() if name in self.live_after[stage]}
+        if places is None:
+            return live
+        return {name: self.executor.device.take(tensor, places) for name, tensor in live.items()}
+
     def temperature(self, exit_index: int) -> float:
         """Give an exit's calibrated temperature."""
         return self.calibration.temperatures[exit_index]
 
-    def warm_up(self, clock: Clock, budget_s: float) -> Iterator[None]:
-        """Measure every stage at growing batch sizes, yielding after each run so that serving can go on between them.
+    def warm_up(self, clock: Clock, budget_s: float) -> Iterator[float]:
+        """Measure every stage at growing batch sizes, yielding before each run so that serving can go on between them.
 
         Args:
             clock: The engine's clock, seconds.
             budget_s: Roughly how long it may take in all. Small batch sizes come first, and a size is skipped when it
                 would not fit any more; the profile extends beyond the last.
+
+        Yields:
+            Seconds that the next run is expected to take; 0 for the very first of a stage.
         """
         rng = np.random.default_rng(0)
         num_stages = len(self.manifest.stages)
@@ -78,14 +104,14 @@ class ServedModel:
                 return
             carries = self._random_inputs(rng, max(size, self.manifest.min_batch))
             for index in range(num_stages):
-                seconds = []
+                seconds = [self.profile.stages[index].mean_s(size) if size > 1 else 0.0]
                 for _ in range(WARM_UP_RUNS + 1):
+                    yield seconds[-1]
                     started = clock()
                     output = self.executor.run(index, carries)
                     seconds.append(clock() - started)
                     spent_s += seconds[-1]
-                    yield
-                self.profile.stages[index].calibrate(size, seconds[1:])
+                self.profile.stages[index].calibrate(size, seconds[2:])  # neither the guess nor the first run
                 carries |= output.carries
 
     def _random_inputs(self, rng: np.random.Generator, size: int) -> dict[str, DeviceTensor]:

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from concurrent.futures import Future
 from typing import Protocol
 
 import numpy as np
@@ -10,7 +11,17 @@ from offramp_contract.policy import Policy, Reason
 from offramp_contract.statistics import FloatArray, decision_of_logits, log_softmax
 from offramp_runtime import DeviceTensor
 
-from offramp_server.messages import Combine, ExitAnswer, Outcome, Progress, RequestOptions, Result, RowAnswer
+from offramp_server.messages import (
+    Combine,
+    Departure,
+    ExitAnswer,
+    Outcome,
+    Progress,
+    RequestDone,
+    RequestOptions,
+    Result,
+    RowAnswer,
+)
 from offramp_server.served import ServedModel
 
 
@@ -19,6 +30,19 @@ class Listener(Protocol):
 
     def deliver(self, events: "list[tuple[Submission, Progress | Result]]") -> None:
         """Take events of submissions that were made with this listener, in order."""
+
+
+class Waiter:
+    """Lets a thread wait for one submission's result."""
+
+    def __init__(self) -> None:
+        self.result: Future[Result] = Future()
+
+    def deliver(self, events: "list[tuple[Submission, Progress | Result]]") -> None:
+        """Take the result; progress is nobody's business here."""
+        for _, event in events:
+            if isinstance(event, Result):
+                self.result.set_result(event)
 
 
 class Submission:
@@ -104,6 +128,11 @@ class Submission:
         """Put the rows' answers together, once all are there."""
         rows = tuple(answer for answer in self._answers if answer is not None)
         return Result(rows, self.queue_s, self.compute_s, now - self.arrival_s, self.budget_ms)
+
+    def done(self, now: float) -> RequestDone:
+        """Say for the record what became of it."""
+        slack_s = None if self.budget_ms is None else self.deadline_s - now
+        return RequestDone(self.served.name, self.served.version, self.outcome(), now - self.arrival_s, slack_s)
 
     def outcome(self) -> Outcome:
         """Name what became of the request, for metrics; the worst row decides."""
@@ -207,6 +236,12 @@ class Sample:
             threshold=self.policy.threshold_at(at_exit.exit_index),
             seen=tuple(self.seen) if self.submission.options.explain else (),
         )
+
+    def departure(self, answer: RowAnswer) -> Departure:
+        """Say for the record where and why it left."""
+        served, exit_index = self.submission.served, answer.answer.exit_index
+        exit_name = served.manifest.exits[exit_index].name
+        return Departure(served.name, served.version, exit_index, exit_name, answer.reason, answer.depth)
 
     @property
     def depth(self) -> float:

@@ -365,7 +365,7 @@ def test_a_model_that_cannot_be_warmed_up_is_its_loaders_problem(open_engine, ch
     engine = open_engine(chain)
 
     def broken(self, clock, budget_s):
-        yield
+        yield 0.0
         raise RuntimeError("a shape that the graph does not take")
 
     with monkeypatch.context() as patch:
@@ -375,6 +375,31 @@ def test_a_model_that_cannot_be_warmed_up_is_its_loaders_problem(open_engine, ch
     assert [served.name for served in engine.models] == ["chain"]
     assert engine.classify(np.array(SURE, np.float32)).rows[0].reason is Reason.CONFIDENT
     assert engine.add_model(late.bundle) in engine.models
+
+
+def test_profiling_a_new_model_breaks_no_promise_of_those_that_wait(held, late, monkeypatch):
+    house = held(max_batch=1, default_latency_ms=60_000.0)
+    waiting_at_each_step = []
+    is_loading = threading.Event()
+
+    def slow_steps():
+        for _ in range(3):
+            yield 3600.0  # an hour a step, says the profile; rows are due within a minute
+            waiting_at_each_step.append(house.engine.num_inflight)
+
+    def warm_up(self, clock, budget_s):
+        is_loading.set()
+        return slow_steps()
+
+    monkeypatch.setattr(ServedModel, "warm_up", warm_up)
+    _, waiter = house.send([SURE] * 40)
+    loader = threading.Thread(target=house.engine.add_model, args=(late.bundle,), daemon=True)
+    loader.start()
+    assert is_loading.wait(WAIT_S)
+    house.gate.open()
+    assert len(waiter.rows) == 40
+    loader.join(WAIT_S)
+    assert waiting_at_each_step == [0, 0, 0]
 
 
 def test_warming_up_measures_every_stage_up_to_the_largest_batch_and_never_below_the_least(make_net, instrument):
@@ -465,7 +490,7 @@ def test_a_loader_whose_warm_up_the_thread_dies_in_is_told(open_engine, chain, m
     engine = open_engine(chain)
 
     def deadly(self, clock, budget_s):
-        yield
+        yield 0.0
         raise Killed
 
     refusals = queue.SimpleQueue()
