@@ -20,7 +20,7 @@ SYSTEM_TOOLS := prometheus promtool docker-compose curl
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-system test-slow lint format dashboards clean
+.PHONY: help demo serve test test-system test-slow lint format bench dashboards clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,9 @@ lint: $(CAN_LINT) ## check style, types and who imports whom
 format: $(CAN_LINT) ## format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+bench: $(CAN_RUN) ## measure how well latency budgets are kept, on this machine
+	@$(BIN)/python loadtest/benchmarks/latency_budget.py $(ARGS)
 
 dashboards: $(CAN_TEST_SYSTEM) ## write dashboards/offramp.json anew
 	@$(BIN)/python dashboards/build.py

@@ -1,12 +1,17 @@
 """The two consoles that commands write to: answers go to stdout, progress and errors to stderr."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-stdout = Console()
+WIDTH_OF_A_FILE = 100
+"""Columns of output that is not shown on a terminal: the demo's table fits in it."""
+
+stdout = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_OF_A_FILE)
 stderr = Console(stderr=True)
 
 

@@ -17,6 +17,7 @@ EXTRA_OF_MODULE = {
     "sklearn": "export",
     "matplotlib": "export",
     "onnxruntime": "cpu",
+    "aiohttp": "loadtest",
 }
 
 

@@ -1,6 +1,8 @@
 """Labelled inputs, encoded before the first request is due, so that the client's time goes into sending."""
 
 import io
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,15 +57,20 @@ def payloads_of_arrays(inputs: np.ndarray, labels: Sequence[int] | np.ndarray | 
         raise LoadTestError("data: holds no row")
     if labels is not None and len(labels) != len(inputs):
         raise LoadTestError(f"data: {len(inputs)} inputs, but {len(labels)} labels")
-    rows = inputs[:MAX_PAYLOADS]
-    known = [None] * len(rows) if labels is None else [int(label) for label in labels[:MAX_PAYLOADS]]
+    step = -(-len(inputs) // MAX_PAYLOADS)  # data sorted by class must not lose its last classes
+    rows = inputs[::step]
+    try:
+        known = [None] * len(rows) if labels is None else [int(label) for label in labels[::step]]
+    except (TypeError, ValueError):
+        raise LoadTestError("data: labels must be class numbers") from None
     return tuple(Payload(label, np.ascontiguousarray(row)) for row, label in zip(rows, known, strict=True))
 
 
 def read_payloads(path: Path) -> tuple[Payload, ...]:
     """Read payloads from an `.npz` (inputs and labels), an `.npy` (inputs), or a folder of images, a folder per class.
 
-    Nothing is ever unpickled. Classes of an image folder are numbered in alphabetical order.
+    Nothing is ever unpickled. An image folder's classes are its folders' names where all are
+    numbers, else their places in alphabetical order.
 
     Raises:
         LoadTestError: If the path holds none of these.
@@ -74,28 +81,44 @@ def read_payloads(path: Path) -> tuple[Payload, ...]:
         raise LoadTestError(f"data: {str(path)!r} does not exist")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise LoadTestError(f"data: {path.name!r} is over {MAX_FILE_BYTES} bytes")
+    _refuse_expansion(path)
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return payloads_of_arrays(loaded)
-        with loaded:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return payloads_of_arrays(loaded)
             inputs = next((loaded[name] for name in INPUT_NAMES if name in loaded.files), None)
             labels = next((loaded[name] for name in LABEL_NAMES if name in loaded.files), None)
-    except (ValueError, OSError, EOFError):
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
         raise LoadTestError(f"data: {path.name!r} is not an .npz or .npy file of plain arrays") from None
     if inputs is None:
         raise LoadTestError(f"data: {path.name!r} needs an array named one of {', '.join(INPUT_NAMES)}")
     return payloads_of_arrays(inputs, labels)
 
 
+def _refuse_expansion(path: Path) -> None:
+    """Refuse a small archive that would grow to more than may be read."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > MAX_FILE_BYTES:
+            raise LoadTestError(f"data: {path.name!r} holds over {MAX_FILE_BYTES} bytes")
+
+
 def _of_folder(folder: Path) -> tuple[Payload, ...]:
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    payloads = [
-        Payload(label, image=file.read_bytes(), content_type=IMAGE_TYPES[file.suffix.lower()])
-        for label, entry in enumerate(classes)
-        for file in sorted(entry.iterdir())
-        if file.suffix.lower() in IMAGE_TYPES and file.stat().st_size <= MAX_FILE_BYTES
-    ][:MAX_PAYLOADS]
-    if not payloads:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    are_numbers = all(name.isdecimal() for name in names)
+    labelled = [
+        (int(name) if are_numbers else place, file)
+        for place, name in enumerate(names)
+        for file in sorted((folder / name).iterdir())
+        if file.suffix.lower() in IMAGE_TYPES
+    ]
+    chosen = labelled[:: -(-len(labelled) // MAX_PAYLOADS) or 1]
+    if not chosen:
         raise LoadTestError(f"data: {str(folder)!r} holds no folder of {', '.join(sorted(IMAGE_TYPES))} images")
-    return tuple(payloads)
+    if sum(file.stat().st_size for _, file in chosen) > MAX_FILE_BYTES:
+        raise LoadTestError(f"data: the images in {str(folder)!r} take over {MAX_FILE_BYTES} bytes")
+    return tuple(
+        Payload(label, image=file.read_bytes(), content_type=IMAGE_TYPES[file.suffix.lower()]) for label, file in chosen
+    )

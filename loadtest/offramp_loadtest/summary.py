@@ -61,8 +61,8 @@ class Summary:
         compute_ms: The same for what its stages ran.
         slo_ms: The time within which an answer counts as on time; None if none was set.
         attainment: Share of all arrivals that were answered on time; rejects and failures are misses.
-        goodput: Answers on time per second.
-        correct_goodput: Answers on time and right per second; None without labels.
+        goodput: Answers on time per second in which requests were due: attainment times offered rate.
+        correct_goodput: The same, counting right answers only; None without labels.
         accuracy: Share of right ones among the answered; None without labels.
         mean_depth: Average share of the full path's FLOPs; None if the server does not tell.
         forced: Share of answers that the deadline forced.
@@ -101,7 +101,7 @@ def summarise(records: Sequence[Record], planned_s: float, slo_ms: float | None,
 
     Args:
         records: One per arrival.
-        planned_s: How long requests were due; rates are per second of it or of the run, if that took longer.
+        planned_s: How long requests were due; goodput is per second of it.
         slo_ms: The time within which an answer counts as on time.
         seed: Of the run.
     """
@@ -123,8 +123,8 @@ def summarise(records: Sequence[Record], planned_s: float, slo_ms: float | None,
         compute_ms=_percentiles([answer.compute_ms for answer in answers if answer.compute_ms is not None]),
         slo_ms=slo_ms,
         attainment=len(on_time) / len(records) if records and slo_ms is not None else None,
-        goodput=len(on_time) / seconds if slo_ms is not None else None,
-        correct_goodput=sum(r.is_right for r in on_time) / seconds if has_labels and slo_ms is not None else None,
+        goodput=len(on_time) / planned_s if slo_ms is not None else None,
+        correct_goodput=sum(r.is_right for r in on_time) / planned_s if has_labels and slo_ms is not None else None,
         accuracy=sum(r.is_right for r in answered) / len(answered) if has_labels and answered else None,
         mean_depth=float(np.mean(depths)) if depths else None,
         forced=sum(answer.forced for answer in answers) / len(answers) if answers else 0.0,

@@ -12,15 +12,16 @@ from offramp_loadtest.errors import LoadTestError
 from offramp_loadtest.payloads import Payload
 
 Api = Literal["v1", "v2"]
-V2_DTYPES = {
-    "float32": "FP32",
-    "float16": "FP16",
-    "float64": "FP64",
-    "int64": "INT64",
-    "int32": "INT32",
-    "uint8": "UINT8",
+DTYPES = {
+    "FP32": "float32",
+    "FP16": "float16",
+    "FP64": "float64",
+    "INT64": "int64",
+    "INT32": "int32",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "BOOL": "bool",
 }
-NUMPY_DTYPES = {v2: name for name, v2 in V2_DTYPES.items()} | {"INT8": "int8", "BOOL": "bool"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,25 +113,27 @@ class OpenInferenceTarget:
     Attributes:
         model: The model's name.
         input: Name of its one input.
+        datatype: What that input takes, such as `FP32`; arrays are converted to it.
         fields: Routing fields, sent as request parameters; a server without routing ignores or refuses them.
     """
 
     model: str
     input: str
+    datatype: str
     fields: Mapping[str, str]
 
     def encode(self, payload: Payload) -> Request:
         """Write one binary tensor behind its JSON header."""
         if payload.array is None:
             raise LoadTestError("data: /v2 takes arrays, not encoded images; give an .npz")
-        array = np.ascontiguousarray(payload.array[None])
-        dtype = V2_DTYPES.get(array.dtype.name)
+        dtype = DTYPES.get(self.datatype)
         if dtype is None:
-            raise LoadTestError(f"data: arrays of {array.dtype.name} cannot be sent; use one of {', '.join(V2_DTYPES)}")
+            raise LoadTestError(f"model: its input takes {self.datatype}, and only {', '.join(DTYPES)} can be sent")
+        array = np.ascontiguousarray(payload.array[None], dtype=dtype)
         tensor = {
             "name": self.input,
             "shape": list(array.shape),
-            "datatype": dtype,
+            "datatype": self.datatype,
             "parameters": {"binary_data_size": array.nbytes},
         }
         parameters = {**self.fields, "binary_data_output": True}
@@ -177,7 +180,7 @@ def _tensor(output: Mapping[str, Any], raw: bytes | None) -> np.ndarray:
         return np.asarray(output["data"])
     if output["datatype"] == "BYTES":
         return np.array(_strings(raw))
-    return np.frombuffer(raw, dtype=NUMPY_DTYPES[output["datatype"]]).reshape(output["shape"])
+    return np.frombuffer(raw, dtype=DTYPES[output["datatype"]]).reshape(output["shape"])
 
 
 def _strings(raw: bytes) -> list[str]:

@@ -277,12 +277,12 @@ class DeviceLoop:
 
     def _flush(self) -> None:
         """Hand the round's events over, once per listener."""
+        if self._departures:  # counted first: who has an answer finds it in the metrics
+            departures, self._departures = self._departures, []
+            self._observer.rows_left(departures)
         outbox, self._outbox = self._outbox, {}
         for listener, events in outbox.items():
             tell(listener.deliver, events)
-        if self._departures:
-            departures, self._departures = self._departures, []
-            self._observer.rows_left(departures)
         if self._settled:
             settled, self._settled = self._settled, Counter()
             for served, num_rows in settled.items():

@@ -28,6 +28,10 @@ def _listening(handler: Handler) -> Iterator[str]:
         ready.set()
         await stopping.wait()
         await runner.cleanup()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     ready = threading.Event()
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))

@@ -49,12 +49,38 @@ def test_pickled_arrays_are_refused_without_being_read(tmp_path):
         ({"z": np.zeros((2, 2))}, "needs an array named one of x, inputs"),
         ({"x": np.zeros((2, 2)), "y": np.zeros(3)}, "2 inputs, but 3 labels"),
         ({"x": np.zeros((0, 2))}, "holds no row"),
+        ({"x": np.zeros((2, 2)), "y": np.array(["a", "b"])}, "labels must be class numbers"),
     ],
 )
 def test_unusable_arrays_are_refused_in_a_sentence(tmp_path, arrays, sentence):
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(LoadTestError, match=sentence):
         read_payloads(tmp_path / "d.npz")
+
+
+def test_a_broken_or_a_bursting_archive_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "d.npz", x=np.zeros((1000, 100)))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "d.npz").read_bytes()[:200])
+    with pytest.raises(LoadTestError, match="plain arrays"):
+        read_payloads(tmp_path / "cut.npz")
+    monkeypatch.setattr("offramp_loadtest.payloads.MAX_FILE_BYTES", 100_000)
+    assert (tmp_path / "d.npz").stat().st_size < 100_000
+    with pytest.raises(LoadTestError, match="holds over 100000 bytes"):
+        read_payloads(tmp_path / "d.npz")
+
+
+def test_folders_named_by_numbers_are_those_classes(tmp_path):
+    for name in ("10", "2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(b"")
+    assert sorted(payload.label for payload in read_payloads(tmp_path)) == [2, 10]
+
+
+def test_more_rows_than_are_kept_lose_no_end_of_the_data(monkeypatch):
+    monkeypatch.setattr("offramp_loadtest.payloads.MAX_PAYLOADS", 10)
+    payloads = payloads_of_arrays(np.zeros((95, 1)), np.arange(95))
+    assert len(payloads) <= 10
+    assert payloads[-1].label == 90
 
 
 def test_missing_data_is_refused_in_a_sentence(tmp_path):

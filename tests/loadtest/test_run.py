@@ -70,6 +70,20 @@ def test_outcomes_add_up_to_the_arrivals_whatever_the_server_does(scripted_serve
     assert summary.outcomes["timeout"] == 0
 
 
+def test_a_server_behind_a_path_is_asked_under_it_and_only_429_counts_as_rejected(scripted_server):
+    paths = set()
+
+    async def handler(request):
+        await request.read()
+        paths.add(request.path)
+        return web.json_response({}, status=503)
+
+    with scripted_server(handler) as url:
+        summary = run(LoadPlan(f"{url}/behind/", rate=50, seconds=0.3, warm_up=0), PAYLOADS)
+    assert paths == {"/behind/v1/classify"}
+    assert summary.outcomes["error"] == summary.arrivals
+
+
 def test_an_answer_that_never_comes_is_a_timeout(scripted_server):
     async def handler(request):
         await asyncio.Event().wait()
@@ -102,12 +116,14 @@ def test_waiting_for_a_free_connection_counts_as_latency(scripted_server):
     # The first request was due at 50 ms and no answer came before 500 ms; the last was due at 350 ms.
     assert summary.latency_ms["max"] >= 450
     assert summary.latency_ms["p50"] >= 150
+    # The server was not slow: the client's own limit was, and says so.
+    assert summary.client_lag_ms["p50"] >= 150
 
 
 def test_v2_sends_binary_tensors_and_reads_class_exit_and_depth(scripted_server):
     async def handler(request):
         if request.method == "GET":
-            return web.json_response({"inputs": [{"name": "pixels"}]})
+            return web.json_response({"inputs": [{"name": "pixels", "datatype": "FP32"}]})
         body = await request.read()
         length = int(request.headers["inference-header-content-length"])
         header = json.loads(body[:length])
@@ -137,10 +153,10 @@ def test_v2_sends_binary_tensors_and_reads_class_exit_and_depth(scripted_server)
 
 def test_a_server_that_cannot_be_asked_ends_the_run_before_it_begins(scripted_server):
     async def handler(request):
-        return web.Response(status=404)
+        return web.Response(status=404, text="no such path")
 
     with scripted_server(handler) as url:
-        with pytest.raises(LoadTestError, match="does not answer what it is asked"):
+        with pytest.raises(LoadTestError, match="does not answer what it is asked: 404 no such path"):
             run(LoadPlan(url, rate=10, seconds=1), PAYLOADS)
         with pytest.raises(LoadTestError, match="does not describe a model"):
             run(LoadPlan(url, rate=10, seconds=1, model="m", api="v2"), PAYLOADS)
@@ -149,7 +165,11 @@ def test_a_server_that_cannot_be_asked_ends_the_run_before_it_begins(scripted_se
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"url": "ftp://x"}, "must begin with http"),
+        ({"url": "ftp://x"}, "must be http"),
+        ({"url": "http://host:99999"}, "must be http"),
+        ({"slo_ms": -1.0}, "must be above 0"),
+        ({"fields": {"latency_ms": "soon"}}, "latency_ms: must be a number"),
+        ({"headers": {"x-key": "a\r\nb: c"}}, "headers: must be of one line"),
         ({"rate": 0.0}, "rate, seconds: must be above 0"),
         ({"rate": 1e6, "seconds": 60.0}, "at most 1000000 requests"),
         ({"timeout_s": 0.0}, "timeout_s must be above 0"),

@@ -23,7 +23,8 @@ def records(draw):
 def test_every_arrival_is_counted_once_and_goodput_never_exceeds_what_it_is_part_of(drawn, slo_ms):
     summary = summarise(drawn, 10.0, slo_ms, seed=0)
     assert sum(summary.outcomes.values()) == summary.arrivals == len(drawn)
-    assert 0 <= summary.correct_goodput <= summary.goodput <= summary.answered_rate + 1e-9
+    assert 0 <= summary.correct_goodput <= summary.goodput <= summary.offered_rate + 1e-9
+    assert summary.goodput == pytest.approx(summary.attainment * summary.offered_rate)
     assert summary.attainment <= summary.outcomes["ok"] / summary.arrivals + 1e-9
     assert summary.seconds >= 10.0
 

@@ -19,7 +19,19 @@ EXTRAS = PROJECT["optional-dependencies"]
 PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
     "packages"
 ]
-TARGETS = ("demo", "serve", "test", "test-system", "test-slow", "lint", "format", "dashboards", "clean", "help")
+TARGETS = (
+    "demo",
+    "serve",
+    "test",
+    "test-system",
+    "test-slow",
+    "lint",
+    "format",
+    "bench",
+    "dashboards",
+    "clean",
+    "help",
+)
 
 
 def requirements(lines):

@@ -211,6 +211,8 @@ def test_what_is_refused_before_it_reaches_the_engine_is_counted_by_its_reason(s
     running = serve(toy_bundle)
     for body in (b"{", b'{"inputs": [0]}', b'{"inputs": "x"}'):
         running.client.post("/v1/classify", content=body, headers=JSON)
+    for body in (b"{", b'{"inputs": []}'):
+        running.client.post("/v2/models/toy/infer", content=body)
     families = text_string_to_metric_families(running.client.get("/metrics").text)
     refused = {
         sample.labels["reason"]: sample.value
@@ -218,4 +220,4 @@ def test_what_is_refused_before_it_reaches_the_engine_is_counted_by_its_reason(s
         for sample in family.samples
         if sample.name == "offramp_rejected_total" and sample.value
     }
-    assert refused == {"malformed": 1.0, "invalid_value": 2.0}
+    assert refused == {"malformed": 2.0, "invalid_value": 3.0}

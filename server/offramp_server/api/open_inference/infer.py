@@ -41,11 +41,15 @@ async def infer(request: Request) -> Response:
     """Answer an inference request."""
     context = context_of(request)
     served = asked_model(request)
-    body = await read_body(request, context.settings)
-    header_length = request.headers.get("inference-header-content-length")
-    asked, inputs = await _read(body, header_length, served, context)
-    outputs = requested_outputs(asked.outputs, asked.is_binary, served.manifest)
-    options = _options(asked, served, context.settings, outputs)
+    try:
+        body = await read_body(request, context.settings)
+        header_length = request.headers.get("inference-header-content-length")
+        asked, inputs = await _read(body, header_length, served, context)
+        outputs = requested_outputs(asked.outputs, asked.is_binary, served.manifest)
+        options = _options(asked, served, context.settings, outputs)
+    except OfframpError as error:
+        context.metrics.rejected(served.name, served.version, error.code)
+        raise
     result = await unless_disconnected(
         request, context.bridge.answer(context.engine, served, inputs, options, arrival_of(request.scope))
     )
