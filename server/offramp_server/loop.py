@@ -22,7 +22,7 @@ from offramp_server.router import route
 from offramp_server.scheduler import Dispatch, QueueKey, Scheduler
 from offramp_server.served import Clock, ServedModel
 from offramp_server.shield import tell
-from offramp_server.submission import Listener, Sample, Submission, exit_answer
+from offramp_server.submission import Listener, Sample, Submission, exit_answers
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -291,9 +291,10 @@ class DeviceLoop:
 
 def _look(exit_index: int, samples: Sequence[Sample], decision_BD: FloatArray, logits_BC: FloatArray | None) -> None:
     """Let each row remember what the exit says about it."""
-    for i, sample in enumerate(samples):
-        kept_C = logits_BC[i] if logits_BC is not None and sample.needs_logits else None
-        answer = exit_answer(exit_index, decision_BD[i], kept_C)
+    kept = None
+    if logits_BC is not None:  # longer than the rows where a network needs more at once
+        kept = (logits_C if sample.needs_logits else None for sample, logits_C in zip(samples, logits_BC, strict=False))
+    for sample, answer in zip(samples, exit_answers(exit_index, decision_BD, kept), strict=True):
         sample.see(answer)
         sample.classes.append(int(answer.top_class_K[0]))
 

@@ -24,12 +24,6 @@ _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+/=-]{0,127}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-def request_id_of(scope: Scope) -> str:
-    """Give the id of a request: the client's `x-request-id` if it is sane, else a fresh one."""
-    request_id: str = scope["offramp.request_id"]
-    return request_id
-
-
 def arrival_of(scope: Scope) -> float:
     """Give when a request's headers had arrived, in `time.monotonic()` seconds."""
     arrival_s: float = scope["offramp.arrival_s"]
@@ -51,7 +45,7 @@ class RequestEnvelope:
             return
         headers = Headers(scope=scope)
         scope["offramp.arrival_s"] = time.monotonic()
-        scope["offramp.request_id"] = request_id = _request_id(headers)
+        request_id = _request_id(headers)
         echoed = [(b"x-request-id", request_id.encode())]
         traceparent = headers.get("traceparent")
         if traceparent is not None and _TRACEPARENT.fullmatch(traceparent):

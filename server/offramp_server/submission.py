@@ -2,13 +2,15 @@
 
 import math
 import threading
+from collections.abc import Iterable
 from concurrent.futures import Future
+from itertools import repeat
 from typing import Protocol
 
 import numpy as np
 from offramp_contract.errors import Cancelled, DeadlineExceeded, NotReady, OfframpError, RequestError
 from offramp_contract.policy import Policy, Reason
-from offramp_contract.statistics import FloatArray, decision_of_logits, log_softmax
+from offramp_contract.statistics import Decision, FloatArray, decision_of_logits, log_softmax
 from offramp_runtime import DeviceTensor
 
 from offramp_server.messages import (
@@ -258,7 +260,8 @@ class Sample:
             [log_softmax(a.logits_C / served.temperature(a.exit_index)) for a in self.seen if a.logits_C is not None]
         )
         combined_C = _combine(log_p_KC, options.combine)
-        return exit_answer(last.exit_index, decision_of_logits(combined_C[None])[0], combined_C.astype(np.float32))
+        combined_BC = combined_C[None]
+        return exit_answers(last.exit_index, decision_of_logits(combined_BC), combined_BC.astype(np.float32))[0]
 
 
 def _combine(log_p_KC: FloatArray, combine: Combine) -> FloatArray:
@@ -270,15 +273,24 @@ def _combine(log_p_KC: FloatArray, combine: Combine) -> FloatArray:
     return log_mean_C
 
 
-def exit_answer(exit_index: int, decision_D: FloatArray, logits_C: FloatArray | None = None) -> ExitAnswer:
-    """Unpack one row of a decision tensor."""
-    num_top = (len(decision_D) - 3) // 2
-    return ExitAnswer(
-        exit_index=exit_index,
-        top_class_K=decision_D[3 + num_top :].astype(np.int32),
-        top_probability_K=decision_D[3 : 3 + num_top],
-        log_odds=float(decision_D[0]),
-        entropy=float(decision_D[1]),
-        margin=float(decision_D[2]),
-        logits_C=logits_C,
+def exit_answers(
+    exit_index: int, decision_BD: FloatArray, logits_BC: Iterable[FloatArray | None] | None = None
+) -> list[ExitAnswer]:
+    """Unpack a batch's decision tensor into what the exit says about each row.
+
+    Args:
+        exit_index: The exit.
+        decision_BD: Its packed statistics.
+        logits_BC: For each row its raw scores, or None where nobody needs them; None keeps none.
+    """
+    decision = Decision(decision_BD)
+    columns = zip(
+        decision.top_class_BK,
+        decision.top_probability_BK,
+        decision.log_odds_B.tolist(),
+        decision.entropy_B.tolist(),
+        decision.margin_B.tolist(),
+        repeat(None) if logits_BC is None else logits_BC,
+        strict=False,  # `repeat` has no end
     )
+    return [ExitAnswer(exit_index, *column) for column in columns]

@@ -17,7 +17,7 @@ from offramp_contract.statistics import decision_of_logits, log_softmax
 from offramp_server.api.open_inference.outputs import OUTPUTS, output_tensors, requested_outputs
 from offramp_server.api.open_inference.request import RequestedOutput
 from offramp_server.messages import RowAnswer
-from offramp_server.submission import exit_answer
+from offramp_server.submission import exit_answers
 
 SURE, UNSURE = [0.0, 9.0, 0.0, 0.0], [0.01, 0.0, 0.0, 0.0]
 INFER = "/v2/models/toy/infer"
@@ -403,7 +403,7 @@ def test_no_request_fails_while_a_new_version_is_put_into_the_repository(
 
 def row_of(exit_index: int, num_classes: int) -> RowAnswer:
     logits_C = np.arange(num_classes, dtype=np.float32)
-    answer = exit_answer(exit_index, decision_of_logits(logits_C[None])[0], logits_C)
+    answer = exit_answers(exit_index, decision_of_logits(logits_C[None]), [logits_C])[0]
     return RowAnswer(answer, Reason.CONFIDENT, 0.5, (0,), 0.9, 0.9)
 
 
