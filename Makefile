@@ -74,15 +74,15 @@ $(VENV_MADE):
 	@touch $@
 
 $(CAN_RUN): pyproject.toml constraints.txt $(VENV_MADE)
-	$(PIP_INSTALL) --editable '.[cpu,export,loadtest]'
+	$(PIP_INSTALL) --editable '.[cpu,export,calibrate,loadtest]'
 	@touch $@
 
 $(CAN_TEST): $(CAN_RUN)
-	$(PIP_INSTALL) --editable '.[cpu,export,loadtest,test]'
+	$(PIP_INSTALL) --editable '.[cpu,export,calibrate,loadtest,test]'
 	@touch $@
 
 $(CAN_TEST_SYSTEM): $(CAN_TEST)
-	$(PIP_INSTALL) --editable '.[cpu,export,loadtest,test,dashboards]'
+	$(PIP_INSTALL) --editable '.[cpu,export,calibrate,loadtest,test,dashboards]'
 	@touch $@
 
 # An older wheel of the client that carries perf_analyzer, beside the newest, which tests use; and the CUDA library
@@ -92,5 +92,5 @@ $(HAS_PERF_ANALYZER): $(CAN_TEST_SYSTEM)
 	@touch $@
 
 $(CAN_LINT): $(CAN_TEST_SYSTEM)
-	$(PIP_INSTALL) --editable '.[cpu,export,loadtest,test,dashboards,lint]'
+	$(PIP_INSTALL) --editable '.[cpu,export,calibrate,loadtest,test,dashboards,lint]'
 	@touch $@

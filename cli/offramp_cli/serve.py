@@ -47,6 +47,8 @@ def run(settings: ServerSettings, bundles: Path) -> None:
     with listener:
         metrics = Metrics()
         with Engine(open_device(settings.device, settings.threads), settings.engine_settings(), metrics) as engine:
-            repository = Repository(engine, bundles, settings.default_model, settings.body_timeout_s)
+            repository = Repository(
+                engine, bundles, settings.default_model, settings.body_timeout_s, settings.defaults_of
+            )
             repository.load_all()
             run_server(create_app(settings, repository, engine, metrics), settings, engine, listener)

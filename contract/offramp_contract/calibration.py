@@ -6,19 +6,22 @@ temperatures of 1 and no operating points.
 
 import hashlib
 import json
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from offramp_contract.errors import DigestMismatch, InvalidValue, ManifestError, UnsupportedFormat
 from offramp_contract.files import BundleFiles
 from offramp_contract.manifest import Manifest, Sha256
-from offramp_contract.policy_spec import PolicySpec, compile_policy
+from offramp_contract.policy_spec import MAX_EXITS, PolicySpec, compile_policy
 
 CALIBRATION_FORMAT_VERSION: Final = 1
 CALIBRATION_FILE = "calibration.json"
 MAX_CALIBRATION_BYTES = 64 * 2**20
+MAX_OPERATING_POINTS = 4096
 
+CertificateKind: TypeAlias = Literal["consistency", "accuracy_loss", "accuracy"]
+PointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -27,22 +30,33 @@ class _Part(BaseModel):
 
 
 class Certificate(_Part):
-    """A statement that held-out data supports with probability 1 - delta.
+    """A statement about answers to come that held-out data supports.
+
+    A `consistency` certificate says: the share of answers that differ from full depth's is at most `bound`. An
+    `accuracy_loss` certificate: the share of answers that are wrong where full depth's is right is at most `bound`. An
+    `accuracy` certificate: the share of right answers is at least `bound`.
 
     Attributes:
-        kind: `consistency` bounds the share of answers that differ from full depth; `accuracy` bounds the accuracy.
-        method: `ltt` (exact binomial tail, fixed sequence) or `crc` (controls the mean).
-        bound: The epsilon of `consistency`, or the least accuracy of `accuracy`.
-        num_samples: Size of the data it rests on.
-        data_digest: Sha256 of that data.
+        method: `ltt`, Learn then Test with the exact binomial tail along a fixed sequence
+            (https://arxiv.org/abs/2110.01052): the statement holds with probability 1 - delta over the data it was
+            learnt from. `crc`, conformal risk control (https://arxiv.org/abs/2208.02814): it holds on average.
+        delta: Of `ltt`; None for `crc`.
+        num_samples: Size n of the data it rests on.
+        data_digest: Sha256 of all the data that the calibration was made from.
     """
 
-    kind: Literal["consistency", "accuracy"]
+    kind: CertificateKind
     method: Literal["ltt", "crc"]
     bound: Share
-    delta: Share
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     num_samples: int = Field(ge=1)
     data_digest: Sha256
+
+    @model_validator(mode="after")
+    def _delta_is_that_of_ltt(self) -> Self:
+        if (self.delta is None) != (self.method == "crc"):
+            raise ValueError("delta belongs to the method ltt, and ltt needs one")
+        return self
 
 
 class OperatingPoint(_Part):
@@ -51,22 +65,54 @@ class OperatingPoint(_Part):
     Attributes:
         compute: Expected average share of the full path's FLOPs.
         accuracy: Expected accuracy.
+        exit_rates: Expected share of rows that leave at each exit; they add up to 1.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    name: PointName
     policy: PolicySpec
     compute: float = Field(gt=0.0, le=1.0)
     accuracy: Share
-    certificates: tuple[Certificate, ...] = ()
+    exit_rates: tuple[Share, ...] = Field(min_length=1, max_length=MAX_EXITS)
+    certificates: tuple[Certificate, ...] = Field(default=(), max_length=64)
+
+    def certificate(self, kind: CertificateKind, delta: float | None = None) -> Certificate | None:
+        """Give its strongest certificate of a kind.
+
+        Args:
+            kind: What it is about.
+            delta: `ltt` certificates of at most this delta count; None: `crc` certificates do.
+        """
+        method = "crc" if delta is None else "ltt"
+        held = [c for c in self.certificates if c.kind == kind and c.method == method]
+        if delta is not None:
+            held = [c for c in held if c.delta is not None and c.delta <= delta]
+        strongest = max if kind == "accuracy" else min
+        return strongest(held, key=lambda c: c.bound, default=None)
 
 
 class Calibration(_Part):
-    """All that calibration adds to a bundle."""
+    """All that calibration adds to a bundle.
+
+    Attributes:
+        model_digest: The model that temperatures, points and certificates were made for, and hold for.
+        temperatures: One a exit; logits are divided by it before the softmax.
+        data_digest: Sha256 of the data it was made from; None if it was made from none.
+        num_samples: Size of that data.
+    """
 
     format_version: Literal[1] = CALIBRATION_FORMAT_VERSION
     model_digest: Sha256
     temperatures: tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...]
-    operating_points: tuple[OperatingPoint, ...] = Field(default=(), max_length=4096)
+    operating_points: tuple[OperatingPoint, ...] = Field(default=(), max_length=MAX_OPERATING_POINTS)
+    data_digest: Sha256 | None = None
+    num_samples: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [point.name for point in self.operating_points]
+        if len(set(names)) != len(names):
+            raise ValueError("two operating points have the same name")
+        return self
 
     @classmethod
     def bare(cls, manifest: Manifest) -> Self:
@@ -81,64 +127,6 @@ class Calibration(_Part):
     def calibration_digest(self) -> str:
         """Sha256 over the calibration, which names the model digest it was made for."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
-
-    def within_compute(self, compute: float) -> OperatingPoint:
-        """Choose the most accurate operating point whose expected compute is within a budget, the cheapest of equals.
-
-        Raises:
-            InvalidValue: If no operating point is cheap enough, naming the cheapest.
-        """
-        within = [point for point in self.operating_points if point.compute <= compute]
-        if not within:
-            raise InvalidValue(
-                self._unreachable("compute", min((p.compute for p in self.operating_points), default=None)),
-                field="compute",
-            )
-        return max(within, key=lambda point: (point.accuracy, -point.compute))
-
-    def certified_accuracy(self, accuracy: float) -> OperatingPoint:
-        """Choose the cheapest operating point certified to reach an accuracy.
-
-        Raises:
-            InvalidValue: If none is certified for it, naming the best that is.
-        """
-        best = {
-            p: max((c.bound for c in p.certificates if c.kind == "accuracy"), default=None)
-            for p in self.operating_points
-        }
-        reaching = [point for point, bound in best.items() if bound is not None and bound >= accuracy]
-        if not reaching:
-            known = [bound for bound in best.values() if bound is not None]
-            raise InvalidValue(self._unreachable("accuracy", max(known, default=None)), field="accuracy")
-        return min(reaching, key=lambda point: point.compute)
-
-    def certified_risk(self, epsilon: float, delta: float) -> OperatingPoint:
-        """Choose the cheapest operating point certified to differ from full depth in at most a share of answers.
-
-        Raises:
-            InvalidValue: If none is certified for it.
-        """
-        holding = [
-            point
-            for point in self.operating_points
-            if any(c.kind == "consistency" and c.bound <= epsilon and c.delta <= delta for c in point.certificates)
-        ]
-        if not holding:
-            bounds = [
-                c.bound
-                for p in self.operating_points
-                for c in p.certificates
-                if c.kind == "consistency" and c.delta <= delta
-            ]
-            raise InvalidValue(self._unreachable("risk", min(bounds, default=None)), field="risk")
-        return min(holding, key=lambda point: point.compute)
-
-    def _unreachable(self, budget: str, best: float | None) -> str:
-        if best is None:
-            return (
-                f"{budget}: this model has no operating point calibrated for it; ask with policy and threshold instead"
-            )
-        return f"{budget}: no operating point of this model reaches it; the best reachable is {best:g}"
 
 
 def read_calibration(files: BundleFiles, manifest: Manifest) -> Calibration:
@@ -166,8 +154,11 @@ def read_calibration(files: BundleFiles, manifest: Manifest) -> Calibration:
         raise ManifestError(f"{CALIBRATION_FILE}: {error.message}") from None
     if calibration.model_digest != manifest.model_digest:
         raise DigestMismatch(f"{CALIBRATION_FILE} was made for another model than this bundle's")
-    if len(calibration.temperatures) != len(manifest.exits):
-        raise ManifestError(f"{CALIBRATION_FILE}: {len(manifest.exits)} exits need as many temperatures")
+    num_exits = len(manifest.exits)
+    if len(calibration.temperatures) != num_exits:
+        raise ManifestError(f"{CALIBRATION_FILE}: {num_exits} exits need as many temperatures")
+    if any(len(point.exit_rates) != num_exits for point in calibration.operating_points):
+        raise ManifestError(f"{CALIBRATION_FILE}: {num_exits} exits need as many exit rates in every operating point")
     return calibration
 
 

@@ -179,3 +179,21 @@ class ParityError(ExportError):
     """Staged execution does not equal the network; the message names the tensor."""
 
     code = "parity"
+
+
+class CalibrationError(OfframpError):
+    """The bundle cannot be calibrated or evaluated this way; nothing was written."""
+
+    code = "calibration"
+
+
+class UnfitData(CalibrationError):
+    """The labelled data is not what this bundle can be calibrated or evaluated on; the message says what is wrong."""
+
+    code = "unfit_data"
+
+
+class BrokenTrace(CalibrationError):
+    """A file is not a trace, or does not belong to this bundle."""
+
+    code = "broken_trace"

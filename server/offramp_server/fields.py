@@ -7,26 +7,25 @@ values written as text are read as numbers, lists or objects where the field hol
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 import orjson
-from offramp_contract.calibration import Calibration, Certificate, OperatingPoint
+from offramp_contract.calibration import Calibration, Certificate
 from offramp_contract.errors import InvalidValue, MalformedRequest
 from offramp_contract.manifest import Manifest
-from offramp_contract.policy_spec import KINDS, PolicySpec, compile_policy, parse_policy
+from offramp_contract.policy_spec import compile_policy
 from offramp_contract.statistics import MAX_TOP
 
+from offramp_server.choice import CHOICE_FIELDS, Fields, choose, number
 from offramp_server.messages import RequestOptions
 
 FIELDS: Final = (
-    "policy", "threshold", "patience", "latency_ms", "compute", "accuracy", "risk", "min_exit", "max_exit",
-    "gate_threshold", "gates", "combine", "on_miss", "top_k", "explain",
+    *CHOICE_FIELDS, "latency_ms", "min_exit", "max_exit", "gate_threshold", "gates", "combine", "on_miss", "top_k",
+    "explain",
 )  # fmt: skip
-BUDGETS: Final = ("compute", "accuracy", "risk")
 COMBINATIONS: Final = ("last", "mean", "geometric")
 ON_MISS: Final = ("answer", "reject")
-
-Fields = Mapping[str, Any]
 
 
 class Limits(Protocol):
@@ -75,6 +74,7 @@ def read_routing(
     calibration: Calibration,
     limits: Limits,
     *,
+    otherwise: Fields = MappingProxyType({}),
     wants_progress: bool = False,
     wants_logits: bool = False,
 ) -> Routing:
@@ -85,6 +85,7 @@ def read_routing(
         manifest: The model.
         calibration: Its operating points.
         limits: The operator's limits.
+        otherwise: The fields of the operator's default operating point, for a request that chooses nothing.
         wants_progress: Passed on to the engine.
         wants_logits: Passed on to the engine.
 
@@ -94,12 +95,12 @@ def read_routing(
     given = {name: value for name, value in fields.items() if value is not None}
     _refuse_unknown(given)
     _refuse_gates(given)
-    spec, point, certificate = _chosen_policy(given, manifest, calibration)
+    choice = choose(given, manifest, calibration, otherwise)
     min_exit, max_exit = _exit_range(given, len(manifest.exits), limits)
     options = RequestOptions(
-        policy=compile_policy(spec, len(manifest.exits)),
-        policy_spec=spec,
-        operating_point=point.name if point is not None else None,
+        policy=compile_policy(choice.policy, len(manifest.exits)),
+        policy_spec=choice.policy,
+        operating_point=choice.point.name if choice.point is not None else None,
         latency_ms=_latency(given, limits),
         min_exit=min_exit,
         max_exit=max_exit,
@@ -109,7 +110,7 @@ def read_routing(
         wants_progress=wants_progress,
         wants_logits=wants_logits,
     )
-    return Routing(options, _integer(given, "top_k", 1, MAX_TOP, default=MAX_TOP), certificate)
+    return Routing(options, _integer(given, "top_k", 1, MAX_TOP, default=MAX_TOP), choice.certificate)
 
 
 def fields_of_text(written: Mapping[str, str]) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def fields_of_text(written: Mapping[str, str]) -> dict[str, Any]:
 
 def _of_text(name: str, text: str) -> Any:
     text = text.strip()
-    if name in ("combine", "on_miss") or (name in ("policy", "gates") and not text.startswith("{")):
+    if name in ("combine", "on_miss", "operating_point") or (name in ("policy", "gates") and not text.startswith("{")):
         return text
     if name == "threshold" and "," in text and not text.startswith("["):
         text = f"[{text}]"
@@ -152,56 +153,6 @@ def _refuse_gates(given: Fields) -> None:
             raise InvalidValue(f"{name}: this model has no gates", name)
 
 
-def _chosen_policy(
-    given: Fields, manifest: Manifest, calibration: Calibration
-) -> tuple[PolicySpec, OperatingPoint | None, Certificate | None]:
-    by_policy = [name for name in ("policy", "threshold", "patience") if name in given]
-    by_budget = [name for name in BUDGETS if name in given]
-    if len(by_policy[:1] + by_budget) > 1:
-        ways = [*by_policy[:1], *by_budget]
-        raise InvalidValue(
-            f"{ways[1]}: {' and '.join(ways)} each choose the thresholds; give exactly one of them", ways[1]
-        )
-    if not by_budget:
-        return _written_policy(given, manifest), None, None
-    match by_budget[0]:
-        case "compute":
-            point = calibration.within_compute(_number(given, "compute", 0.0, 1.0, above=True))
-            return point.policy, point, None
-        case "accuracy":
-            point = calibration.certified_accuracy(_number(given, "accuracy", 0.0, 1.0))
-            held = [c for c in point.certificates if c.kind == "accuracy"]
-            return point.policy, point, max(held, key=lambda c: c.bound)
-        case _:
-            epsilon, delta = _risk(given["risk"])
-            point = calibration.certified_risk(epsilon, delta)
-            held = [c for c in point.certificates if c.kind == "consistency" and c.delta <= delta]
-            return point.policy, point, min(held, key=lambda c: c.bound)
-
-
-def _written_policy(given: Fields, manifest: Manifest) -> PolicySpec:
-    policy, threshold, patience = given.get("policy"), given.get("threshold"), given.get("patience")
-    if isinstance(policy, dict) and (threshold is not None or patience is not None):
-        beside = "threshold" if threshold is not None else "patience"
-        raise InvalidValue(f"{beside}: write it inside policy when policy is an object", beside)
-    if policy is None:
-        if threshold is None and patience is None:
-            return manifest.default_policy
-        policy = manifest.default_policy
-    elif not isinstance(policy, str | dict):
-        raise InvalidValue(f"policy: must be an object or one of the names {', '.join(KINDS)}", "policy")
-    if isinstance(threshold, str) or isinstance(patience, str):  # pydantic would read numbers out of strings
-        beside = "threshold" if isinstance(threshold, str) else "patience"
-        raise InvalidValue(f"{beside}: must be a number, not a string", beside)
-    return parse_policy(policy, threshold, patience)
-
-
-def _risk(written: object) -> tuple[float, float]:
-    if not isinstance(written, dict) or set(written) != {"epsilon", "delta"}:
-        raise InvalidValue('risk: must be an object like {"epsilon": 0.02, "delta": 0.05}', "risk")
-    return _number(written, "epsilon", 0.0, 1.0, "risk.epsilon"), _number(written, "delta", 0.0, 1.0, "risk.delta")
-
-
 def _exit_range(given: Fields, num_exits: int, limits: Limits) -> tuple[int, int | None]:
     final = num_exits - 1
     floor = min(limits.depth_floor, final)
@@ -216,18 +167,7 @@ def _exit_range(given: Fields, num_exits: int, limits: Limits) -> tuple[int, int
 def _latency(given: Fields, limits: Limits) -> float | None:
     if "latency_ms" not in given:
         return None
-    return _number(given, "latency_ms", 0.0, limits.max_latency_ms, above=True)
-
-
-def _number(
-    given: Fields, name: str, low: float, high: float, field: str | None = None, *, above: bool = False
-) -> float:
-    field, value = field or name, given[name]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high or (above and value == low):
-        bound = f"above {low:g}" if above else f"at least {low:g}"
-        raise InvalidValue(f"{field}: must be a number {bound} and at most {high:g}", field)
-    return float(value)
+    return number(given["latency_ms"], "latency_ms", 0.0, limits.max_latency_ms, above=True)
 
 
 def _integer(given: Fields, name: str, low: int, high: int, *, default: int) -> int:

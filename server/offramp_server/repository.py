@@ -23,6 +23,7 @@ from typing import Literal
 from offramp_contract.errors import BundleError, InvalidValue, NotReady, OfframpError, UnknownModel
 from offramp_runtime import Bundle, open_bundle
 
+from offramp_server.choice import DefaultsOf, Fields, choose, no_defaults
 from offramp_server.engine import Engine
 from offramp_server.preprocess import prepare
 from offramp_server.repository_files import Fingerprint, Source, fingerprint_of, scan
@@ -79,12 +80,14 @@ class Repository:
         default_model: Name of the model that answers requests which name none; None takes the only one.
         linger_s: How long a replaced or unloaded model stays in the engine for requests that found it before and have
             not been admitted yet: as long as a body may take to arrive.
+        defaults_of: The operator's default operating points; a model that cannot give its own is not served.
     """
 
     engine: Engine
     path: Path | None = None
     default_model: str | None = None
     linger_s: float = 0.0
+    defaults_of: DefaultsOf = no_defaults
     _entries: dict[str, _Entry] = field(default_factory=dict, init=False)
     _loading: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -244,6 +247,7 @@ class Repository:
             if current is not None and _is_same(bundle, current.bundle):
                 return current
             prepare(bundle)
+            _check_default(bundle, self.defaults_of(source.name))
             served = self.engine.add_model(bundle, source.name)
         except OfframpError:
             raise
@@ -276,6 +280,13 @@ class Repository:
             self.engine.remove_model(served)
         except NotReady:
             logger.debug("the engine closed before model %s was unloaded", served.name)
+
+
+def _check_default(bundle: Bundle, defaults: Fields) -> None:
+    try:
+        choose({}, bundle.manifest, bundle.calibration, defaults)
+    except InvalidValue as error:
+        raise BundleError(f"its calibration cannot give the default operating point: {error.message}") from None
 
 
 def _is_same(bundle: Bundle, other: Bundle) -> bool:

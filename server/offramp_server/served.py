@@ -5,7 +5,7 @@ from itertools import count
 from typing import TypeAlias
 
 import numpy as np
-from offramp_contract.calibration import Calibration
+from offramp_contract.calibration import Calibration, OperatingPoint
 from offramp_contract.manifest import Manifest
 from offramp_contract.statistics import FloatArray
 from offramp_runtime import Bundle, Device, DeviceTensor, StageExecutor
@@ -56,6 +56,14 @@ class ServedModel:
     def depth_of(self, stages: tuple[int, ...]) -> float:
         """Give the share of the full path's FLOPs that these stages make."""
         return sum(self._flops[stage] for stage in stages) / max(sum(self._flops), 1)
+
+    def expected_s(self, point: OperatingPoint) -> float:
+        """Expect a row served by an operating point to run this many seconds on average, alone on this machine."""
+        stage_s = [stage.mean_s(1) for stage in self.profile.stages]
+        return sum(
+            rate * sum(stage_s[: exit_.stage + 1])
+            for rate, exit_ in zip(point.exit_rates, self.manifest.exits, strict=True)
+        )
 
     @property
     def loaded(self) -> Loaded:

@@ -14,6 +14,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
+from offramp_server.choice import Fields, parse_defaults
 from offramp_server.engine_settings import EngineSettings
 
 logger = logging.getLogger("offramp.server")
@@ -201,6 +202,13 @@ class ServerSettings(BaseSettings):
         description="Model that answers requests naming none. Unset: the only one served; with several such requests "
         "are refused.",
     )
+    default_operating_point: str | None = Field(
+        None,
+        max_length=4096,
+        description="What serves requests that choose neither policy nor budget: the name of a calibrated operating "
+        "point, compute=SHARE or accuracy=SHARE; MODEL:… for one model, several with commas between. A model whose "
+        "calibration cannot give it is not served. Unset: each bundle's default policy.",
+    )
     drain_timeout_s: float = Field(
         30.0,
         ge=0,
@@ -222,6 +230,13 @@ class ServerSettings(BaseSettings):
             raise ValueError(
                 "this is Kubernetes' own OFFRAMP_PORT for a service named offramp; set enableServiceLinks: false"
             )
+        return value
+
+    @field_validator("default_operating_point")
+    @classmethod
+    def _can_be_read(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_defaults(value)
         return value
 
     @model_validator(mode="after")
@@ -269,6 +284,13 @@ class ServerSettings(BaseSettings):
             raise InvalidValue(f"{name}: {message[0].lower()}{message[1:]}", field=name) from None
         except (SettingsError, ValueError, OSError) as error:
             raise InvalidValue(f"settings: {error}", field="config") from None
+
+    def defaults_of(self, model: str) -> Fields:
+        """Give the fields that stand in where a request to a model chooses neither policy nor budget."""
+        if self.default_operating_point is None:
+            return {}
+        defaults = parse_defaults(self.default_operating_point)
+        return defaults.get(model, defaults.get(None, {}))
 
     def engine_settings(self) -> EngineSettings:
         """Give the engine's share of the settings."""

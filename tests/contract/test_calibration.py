@@ -13,7 +13,7 @@ from offramp_contract.calibration import (
     OperatingPoint,
     read_calibration,
 )
-from offramp_contract.errors import DigestMismatch, InvalidValue, ManifestError, UnsupportedFormat
+from offramp_contract.errors import DigestMismatch, ManifestError, UnsupportedFormat
 from offramp_contract.files import FolderFiles
 from offramp_contract.manifest import Manifest
 from offramp_contract.policy_spec import ConfidenceSpec, FixedSpec
@@ -24,7 +24,7 @@ tenths = st.integers(1, 10).map(lambda tenth: tenth / 10)
 certificates = st.builds(
     Certificate,
     kind=st.sampled_from(["consistency", "accuracy"]),
-    method=st.sampled_from(["ltt", "crc"]),
+    method=st.just("ltt"),
     bound=tenths,
     delta=st.sampled_from([0.05, 0.1]),
     num_samples=st.just(500),
@@ -36,19 +36,25 @@ points = st.builds(
     policy=st.builds(ConfidenceSpec, threshold=tenths),
     compute=tenths,
     accuracy=tenths,
+    exit_rates=st.just((0.25, 0.75)),
     certificates=st.lists(certificates, max_size=3).map(tuple),
 )
 calibrations = st.builds(
     Calibration,
     model_digest=st.just(DIGEST),
     temperatures=st.just((1.0, 2.0)),
-    operating_points=st.lists(points, max_size=6).map(tuple),
+    operating_points=st.lists(points, max_size=6, unique_by=lambda point: point.name).map(tuple),
 )
 
 
 def point(name: str, compute: float, accuracy: float, *held: Certificate) -> OperatingPoint:
     return OperatingPoint(
-        name=name, policy=ConfidenceSpec(threshold=0.5), compute=compute, accuracy=accuracy, certificates=held
+        name=name,
+        policy=ConfidenceSpec(threshold=0.5),
+        compute=compute,
+        accuracy=accuracy,
+        exit_rates=(0.5, 0.5),
+        certificates=held,
     )
 
 
@@ -157,6 +163,7 @@ def test_an_invalid_calibration_is_refused_by_name(
         ({"policy": {"kind": "fixed", "exit": 2}}, "exit: must be 0 to 1"),
         ({"policy": {"kind": "confidence", "threshold": [0.5, 0.5]}}, "one number per non-final exit"),
         ({"policy": {"kind": "nonsense"}}, "policy"),
+        ({"exit_rates": [1.0]}, "2 exits need as many exit rates"),
     ],
 )
 def test_an_operating_point_that_does_not_fit_the_model_is_refused(
@@ -174,101 +181,16 @@ def test_what_is_no_calibration_at_all_is_refused(tmp_path: Path, manifest: Mani
         read_calibration(FolderFiles(tmp_path), manifest)
 
 
-@given(calibrations, tenths)
-def test_a_compute_budget_gets_the_most_accurate_point_within_it_and_the_cheapest_of_equals(
-    calibration: Calibration, compute: float
-) -> None:
-    within = [p for p in calibration.operating_points if p.compute <= compute]
-    if not within:
-        with pytest.raises(InvalidValue):
-            calibration.within_compute(compute)
-        return
-    chosen = calibration.within_compute(compute)
-    assert chosen in within
-    assert all(other.accuracy <= chosen.accuracy for other in within)
-    assert all(other.compute >= chosen.compute for other in within if other.accuracy == chosen.accuracy)
+def test_two_operating_points_may_not_share_a_name() -> None:
+    with pytest.raises(ValidationError, match="two operating points have the same name"):
+        calibrated(point("a", 0.25, 0.5), point("a", 0.5, 0.75))
 
 
-@given(calibrations, tenths, tenths)
-def test_more_compute_never_buys_less_accuracy(calibration: Calibration, one: float, other: float) -> None:
-    small, large = sorted((one, other))
-    if any(p.compute <= small for p in calibration.operating_points):
-        assert calibration.within_compute(small).accuracy <= calibration.within_compute(large).accuracy
-
-
-@given(calibrations, tenths)
-def test_an_accuracy_gets_the_cheapest_point_that_is_certified_for_it(
-    calibration: Calibration, accuracy: float
-) -> None:
-    certified = [
-        p
-        for p in calibration.operating_points
-        if any(c.kind == "accuracy" and c.bound >= accuracy for c in p.certificates)
-    ]
-    if not certified:
-        with pytest.raises(InvalidValue):
-            calibration.certified_accuracy(accuracy)
-        return
-    chosen = calibration.certified_accuracy(accuracy)
-    assert chosen in certified
-    assert chosen.compute == min(p.compute for p in certified)
-
-
-@given(calibrations, tenths, st.sampled_from([0.01, 0.05, 0.1]))
-def test_a_risk_gets_the_cheapest_point_whose_one_certificate_holds_both_its_numbers(
-    calibration: Calibration, epsilon: float, delta: float
-) -> None:
-    certified = [
-        p
-        for p in calibration.operating_points
-        if any(c.kind == "consistency" and c.bound <= epsilon and c.delta <= delta for c in p.certificates)
-    ]
-    if not certified:
-        with pytest.raises(InvalidValue):
-            calibration.certified_risk(epsilon, delta)
-        return
-    chosen = calibration.certified_risk(epsilon, delta)
-    assert chosen in certified
-    assert chosen.compute == min(p.compute for p in certified)
-
-
-def test_of_equally_accurate_points_the_cheapest_is_chosen_wherever_it_stands() -> None:
-    cheap, dear = point("cheap", 0.25, 0.75), point("dear", 0.5, 0.75)
-    assert calibrated(cheap, dear).within_compute(0.5) == calibrated(dear, cheap).within_compute(0.5) == cheap
-
-
-def test_expected_accuracy_is_no_certificate() -> None:
-    lucky, certified = point("lucky", 0.1, 0.99), point("sure", 0.9, 0.95, certificate("accuracy", 0.9))
-    assert calibrated(lucky, certified).certified_accuracy(0.9) == certified
-
-
-def test_two_certificates_that_each_hold_half_hold_nothing() -> None:
-    weak = point("a", 0.5, 0.5, certificate("consistency", 0.01, 0.2), certificate("consistency", 0.2, 0.01))
-    with pytest.raises(InvalidValue, match=r"best reachable is 0\.2"):
-        calibrated(weak).certified_risk(0.05, 0.05)
-
-
-@pytest.mark.parametrize(
-    ("choose", "field", "best"),
-    [
-        (lambda calibration: calibration.within_compute(0.1), "compute", "0.25"),
-        (lambda calibration: calibration.certified_accuracy(0.99), "accuracy", "0.875"),
-        (lambda calibration: calibration.certified_risk(0.001, 0.05), "risk", "0.02"),
-    ],
-)
-def test_what_cannot_be_reached_is_refused_naming_the_best_that_can(choose: Any, field: str, best: str) -> None:
-    calibration = calibrated(
-        point("a", 0.25, 0.8, certificate("accuracy", 0.75)),
-        point("b", 0.5, 0.9, certificate("accuracy", 0.875), certificate("consistency", 0.02)),
-        point("c", 0.75, 0.95, certificate("consistency", 0.04)),
-    )
-    with pytest.raises(InvalidValue) as refused:
-        choose(calibration)
-    assert refused.value.field == field
-    assert refused.value.message.startswith(f"{field}: ")
-    assert refused.value.message.endswith(f"the best reachable is {best}")
-    with pytest.raises(InvalidValue, match=f"{field}: this model has no operating point calibrated for it"):
-        choose(calibrated())
+@pytest.mark.parametrize(("method", "delta"), [("ltt", None), ("crc", 0.05), ("ltt", 0.0), ("ltt", 1.0)])
+def test_a_certificate_says_how_sure_it_is_exactly_where_its_method_does(method: str, delta: float | None) -> None:
+    written = certificate("accuracy", 0.5).model_dump() | {"method": method, "delta": delta}
+    with pytest.raises(ValidationError, match="delta"):
+        Certificate.model_validate(written)
 
 
 def test_a_calibration_cannot_be_changed() -> None:
@@ -277,5 +199,6 @@ def test_a_calibration_cannot_be_changed() -> None:
 
 
 def test_an_operating_point_may_hold_any_policy() -> None:
-    fixed = OperatingPoint(name="static", policy=FixedSpec(exit=0), compute=0.5, accuracy=0.5)
-    assert calibrated(fixed).within_compute(1.0).policy == FixedSpec(exit=0)
+    fixed = OperatingPoint(name="static", policy=FixedSpec(exit=0), compute=0.5, accuracy=0.5, exit_rates=(1.0, 0.0))
+    again = Calibration.model_validate_json(calibrated(fixed).to_bytes())
+    assert again.operating_points[0].policy == FixedSpec(exit=0)

@@ -195,8 +195,12 @@ def test_models_say_what_may_be_asked_of_them(toy: Any) -> None:
     assert [exit_["depth"] for exit_ in described["exits"]] == pytest.approx([1 / 3, 2 / 3, 1], abs=1e-5)
     assert all(stage["measured_ms"]["1"] > 0 for stage in described["stages"])
     assert described["default_policy"] == {"kind": "confidence", "threshold": 0.9}
+    assert described["default_operating_point"] is None
     points = toy.client.get("/v1/models/toy/operating-points").json()
-    assert points == {"model": "toy", "version": served.version, "operating_points": []}
+    assert points == {
+        "model": "toy", "version": served.version, "data_digest": None, "num_samples": 0,
+        "temperatures": [1.0, 1.0, 1.0], "operating_points": [],
+    }  # fmt: skip
 
 
 def test_the_documentation_calls_no_third_party(toy: Any) -> None:

@@ -12,11 +12,15 @@ from offramp_contract.errors import InvalidValue, OfframpError, RequestError
 from offramp_contract.manifest import Manifest
 from offramp_contract.policy_spec import ConfidenceSpec, EntropySpec, PatienceSpec
 from offramp_runtime import open_bundle
+from offramp_server.choice import parse_defaults
 from offramp_server.fields import FIELDS, NoLimits, Routing, fields_of_text, read_routing
 
 
 def certificate(kind: str, bound: float) -> Certificate:
     return Certificate(kind=kind, method="ltt", bound=bound, delta=0.05, num_samples=500, data_digest="0" * 64)  # type: ignore[arg-type]
+
+
+CRC = Certificate(kind="accuracy_loss", method="crc", bound=0.01, num_samples=500, data_digest="0" * 64)
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +32,16 @@ def manifest(toy_bundle: Path) -> Manifest:
 def calibration(manifest: Manifest) -> Calibration:
     points = (
         OperatingPoint(
-            name="c40", policy=ConfidenceSpec(threshold=0.6), compute=0.4, accuracy=0.9,
+            name="c40", policy=ConfidenceSpec(threshold=0.6), compute=0.4, accuracy=0.9, exit_rates=(0.5, 0.3, 0.2),
             certificates=(certificate("accuracy", 0.88), certificate("consistency", 0.1)),
         ),
         OperatingPoint(
-            name="c80", policy=ConfidenceSpec(threshold=0.9), compute=0.8, accuracy=0.95,
+            name="c80", policy=ConfidenceSpec(threshold=0.9), compute=0.8, accuracy=0.95, exit_rates=(0.2, 0.3, 0.5),
             certificates=(certificate("accuracy", 0.93), certificate("consistency", 0.02)),
+        ),
+        OperatingPoint(
+            name="e60", policy=EntropySpec(threshold=0.3), compute=0.6, accuracy=0.92, exit_rates=(0.4, 0.2, 0.4),
+            certificates=(CRC,),
         ),
     )  # fmt: skip
     return Calibration(model_digest=manifest.model_digest, temperatures=(1.0,) * 3, operating_points=points)
@@ -73,6 +81,79 @@ def test_a_budget_takes_the_calibrated_operating_point_that_meets_it(read: Any) 
     assert (faithful.options.operating_point, faithful.certificate.kind) == ("c80", "consistency")
 
 
+def test_a_risk_may_be_kept_on_average_and_may_count_only_what_depth_would_have_got_right(read: Any) -> None:
+    routing = read(risk={"epsilon": 0.02, "kind": "accuracy_loss"})
+    assert (routing.options.operating_point, routing.certificate) == ("e60", CRC)
+
+
+def test_a_kind_beside_a_budget_says_among_which_points_to_choose(read: Any) -> None:
+    assert read(compute=0.7).options.operating_point == "e60"
+    assert read(compute=0.7, policy="confidence").options.operating_point == "c40"
+    with pytest.raises(InvalidValue, match="compute: this model has no operating point calibrated"):
+        read(compute=0.7, policy="margin")
+
+
+def test_a_compute_budget_beside_a_certified_one_refuses_what_costs_more(read: Any) -> None:
+    assert read(accuracy=0.9, compute=0.8).options.operating_point == "c80"
+    with pytest.raises(InvalidValue, match=r"compute: the cheapest operating point certified for this takes 0\.8"):
+        read(accuracy=0.9, compute=0.7)
+
+
+def test_an_operating_point_can_be_named(read: Any) -> None:
+    options = read(operating_point="e60").options
+    assert (options.operating_point, options.policy_spec) == ("e60", EntropySpec(threshold=0.3))
+    with pytest.raises(InvalidValue, match="operating_point: this model has no point of that name; it has 3, such as"):
+        read(operating_point="c50")
+    with pytest.raises(InvalidValue, match="operating_point: policy and operating_point each choose"):
+        read(operating_point="e60", policy="entropy")
+
+
+def test_what_a_request_leaves_open_the_operators_default_point_decides(
+    manifest: Manifest, calibration: Calibration
+) -> None:
+    def options(**fields: Any) -> Any:
+        return read_routing(fields, manifest, calibration, NoLimits(), otherwise={"compute": 0.5}).options
+
+    assert options().operating_point == "c40"
+    assert options(latency_ms=5, min_exit=1).operating_point == "c40"
+    assert options(accuracy=0.9).operating_point == "c80"
+    assert options(policy="entropy").operating_point is None
+    assert options(threshold=0.99).policy_spec == ConfidenceSpec(threshold=0.99)
+
+
+@pytest.mark.parametrize(
+    ("text", "defaults"),
+    [
+        ("compute=0.4", {None: {"compute": 0.4}}),
+        ("confidence-40.2", {None: {"operating_point": "confidence-40.2"}}),
+        (
+            "digits:accuracy=0.9, scenes:c40,compute=1",
+            {"digits": {"accuracy": 0.9}, "scenes": {"operating_point": "c40"}, None: {"compute": 1.0}},
+        ),
+    ],
+)
+def test_default_operating_points_are_read_per_model(text: str, defaults: Any) -> None:
+    assert parse_defaults(text) == defaults
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "neither a point's name nor"),
+        (":c40", "neither"),
+        ("digits:", "neither"),
+        ("speed=3", "neither"),
+        ("compute=2", "compute: must be a number above 0 and at most 1"),
+        ("compute=", "compute: must be a number"),
+        ("c40,c50", "every model has two default operating points"),
+        ("digits:c40,digits:c50", "digits has two"),
+    ],
+)
+def test_a_default_operating_point_that_cannot_be_read_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_defaults(text)
+
+
 def test_a_budget_that_no_operating_point_reaches_names_the_best_that_is(read: Any) -> None:
     with pytest.raises(InvalidValue, match=r"accuracy: .*best reachable is 0\.93"):
         read(accuracy=0.99)
@@ -83,9 +164,12 @@ def test_a_budget_that_no_operating_point_reaches_names_the_best_that_is(read: A
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"policy": "entropy", "compute": 0.5}, "compute: policy and compute each choose the thresholds"),
+        ({"policy": {"kind": "entropy"}, "compute": 0.5}, "compute: policy and compute each choose the thresholds"),
+        ({"policy": "entropy", "threshold": 0.1, "compute": 0.5}, "compute: policy and compute each choose"),
+        ({"policy": "nonsense", "compute": 0.5}, "policy: the kind must be one of"),
         ({"threshold": 0.5, "accuracy": 0.9}, "accuracy: threshold and accuracy"),
-        ({"compute": 0.5, "accuracy": 0.9}, "accuracy: compute and accuracy"),
+        ({"risk": {"epsilon": 0.1}, "accuracy": 0.9}, "risk: accuracy and risk"),
+        ({"operating_point": 3}, "operating_point: this model has no point"),
         ({"policy": "nonsense"}, "policy: the kind must be one of confidence"),
         ({"policy": 3}, "policy: must be an object or one of"),
         ({"policy": ["entropy"]}, "policy: must be an object or one of"),
@@ -113,6 +197,9 @@ def test_a_budget_that_no_operating_point_reaches_names_the_best_that_is(read: A
         ({"accuracy": 2}, "accuracy: must be a number at least 0 and at most 1"),
         ({"risk": 0.1}, "risk: must be an object"),
         ({"risk": {"epsilon": 2, "delta": 0.1}}, r"risk\.epsilon: must be"),
+        ({"risk": {"epsilon": 0.1, "delta": 1}}, r"risk\.delta: must be a number above 0 and below 1"),
+        ({"risk": {"epsilon": 0.1, "kind": "speed"}}, r"risk\.kind: must be one of consistency, accuracy_loss"),
+        ({"risk": {"delta": 0.1}}, "risk: must be an object"),
         ({"min_exit": 3}, "min_exit: must be an integer from 0 to 2"),
         ({"min_exit": 1.0}, "min_exit: must be an integer"),
         ({"max_exit": -1}, "max_exit: must be an integer from 0 to 2"),

@@ -294,7 +294,9 @@ def test_a_calibration_put_beside_a_served_model_is_taken_up(engine: Engine, fol
     repository.load_all()
     before = repository.find("toy")
     manifest = before.manifest
-    point = OperatingPoint(name="c50", policy=ConfidenceSpec(threshold=0.5), compute=0.5, accuracy=0.9)
+    point = OperatingPoint(
+        name="c50", policy=ConfidenceSpec(threshold=0.5), compute=0.5, accuracy=0.9, exit_rates=(0.5, 0.5)
+    )
     calibration = Calibration(model_digest=manifest.model_digest, temperatures=(1.0, 1.0), operating_points=(point,))
     (bundle / ".calibration").write_bytes(calibration.to_bytes())
     (bundle / ".calibration").rename(bundle / "calibration.json")

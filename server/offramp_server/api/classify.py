@@ -34,7 +34,12 @@ async def classify(request: Request) -> Response:
     try:
         payload = await read_payload(request, context, served)
         routing = read_routing(
-            payload.fields, served.manifest, served.calibration, context.settings, wants_progress=is_stream
+            payload.fields,
+            served.manifest,
+            served.calibration,
+            context.settings,
+            otherwise=context.settings.defaults_of(served.name),
+            wants_progress=is_stream,
         )
         inputs = await _prepared(payload, context)
     except OfframpError as error:

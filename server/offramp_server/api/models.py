@@ -3,12 +3,14 @@
 from typing import Any
 
 import orjson
+from offramp_contract.calibration import OperatingPoint
 from offramp_contract.manifest import Manifest
 from offramp_contract.policy_spec import KINDS
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from offramp_server.choice import choose
 from offramp_server.context import context_of
 from offramp_server.fields import COMBINATIONS, ON_MISS
 from offramp_server.served import ServedModel
@@ -30,8 +32,10 @@ async def list_models(request: Request) -> Response:
 
 async def describe_model(request: Request) -> Response:
     """Describe one model: inputs, labels, stages, exits, policies, costs."""
-    served = context_of(request).repository.find(request.path_params["model"])
+    context = context_of(request)
+    served = context.repository.find(request.path_params["model"])
     manifest = served.manifest
+    default = choose({}, manifest, served.calibration, context.settings.defaults_of(served.name))
     return _json(
         {
             **_summary(served),
@@ -41,7 +45,8 @@ async def describe_model(request: Request) -> Response:
             "labels": manifest.labels,
             "stages": _stages(served),
             "exits": _exits(manifest),
-            "default_policy": manifest.default_policy.model_dump(mode="json"),
+            "default_policy": default.policy.model_dump(mode="json"),
+            "default_operating_point": None if default.point is None else default.point.name,
             "policies": KINDS,
             "combine": COMBINATIONS,
             "on_miss": ON_MISS,
@@ -54,14 +59,27 @@ async def describe_model(request: Request) -> Response:
 async def list_operating_points(request: Request) -> Response:
     """List a model's calibrated operating points, cheapest first."""
     served = context_of(request).repository.find(request.path_params["model"])
-    points = sorted(served.calibration.operating_points, key=lambda point: point.compute)
+    calibration = served.calibration
+    points = sorted(calibration.operating_points, key=lambda point: point.compute)
     return _json(
         {
             "model": served.name,
             "version": served.version,
-            "operating_points": [point.model_dump(mode="json") for point in points],
+            "data_digest": calibration.data_digest,
+            "num_samples": calibration.num_samples,
+            "temperatures": calibration.temperatures,
+            "operating_points": [_point(point, served) for point in points],
         }
     )
+
+
+def _point(point: OperatingPoint, served: ServedModel) -> dict[str, Any]:
+    described = point.model_dump(mode="json", exclude={"certificates"})
+    certificates = [certificate.model_dump(exclude={"data_digest"}) for certificate in point.certificates]
+    return described | {
+        "expected_ms": round(served.expected_s(point) * 1e3, 4),
+        "certificates": certificates,
+    }
 
 
 def _summary(served: ServedModel) -> dict[str, Any]:

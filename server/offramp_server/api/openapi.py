@@ -52,6 +52,7 @@ _REQUEST_EXAMPLES: Final = {
     "an image, within 20 ms": {"value": {"image": "iVBORw0KGgo=", "latency_ms": 20}},
     "a text": {"value": {"text": "well worth seeing", "policy": {"kind": "patience", "patience": 2}}},
     "half of the compute": {"value": {"inputs": [0.0, 0.5, 1.0], "compute": 0.5, "explain": True}},
+    "as full depth, but for 2 %": {"value": {"inputs": [0.0, 0.5, 1.0], "risk": {"epsilon": 0.02, "delta": 0.1}}},
 }
 _EVENTS_EXAMPLE: Final = 'event: exit\ndata: {"row": 0, "label": "7"}\n\nevent: answer\ndata: {"model": "digits"}\n\n'
 _MODEL_PARAMETER: Final = {

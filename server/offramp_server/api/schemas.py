@@ -2,7 +2,6 @@
 
 from typing import Annotated, Any, Literal
 
-from offramp_contract.calibration import OperatingPoint
 from offramp_contract.manifest import Tensor
 from offramp_contract.policy_spec import PolicySpec
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,11 +14,18 @@ class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Risk(_Document):
-    """The share of answers that differ from full depth is at most epsilon, with probability 1 - delta."""
+OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
 
-    epsilon: Share
-    delta: Share
+
+class Risk(_Document):
+    """A share of answers is at most epsilon, with probability 1 - delta; without delta, on average."""
+
+    epsilon: OpenShare
+    delta: OpenShare | None = None
+    kind: Literal["consistency", "accuracy_loss"] = Field(
+        "consistency",
+        description="Which answers: those that differ from full depth's, or those that are wrong where it is right.",
+    )
 
 
 class RoutingFields(_Document):
@@ -36,11 +42,16 @@ class RoutingFields(_Document):
         description="Hard budget from the request's arrival to its answer; at a boundary that would break it the row "
         "leaves with the answer it has, reason `deadline`.",
     )
+    operating_point: str | None = Field(None, description="Name of a calibrated point of the model.")
     compute: float | None = Field(
-        None, gt=0, le=1, description="Soft budget: the average share of full compute; picks a calibrated point."
+        None,
+        gt=0,
+        le=1,
+        description="Soft budget: the average share of full compute; picks the most accurate calibrated point within "
+        "it, of one kind of policy if `policy` names one. Beside accuracy or risk: refused if their point costs more.",
     )
     accuracy: Share | None = Field(None, description="Least accuracy; picks the cheapest point certified for it.")
-    risk: Risk | None = Field(None, description="Bound on differing from full depth; picks a certified point.")
+    risk: Risk | None = Field(None, description="Bound on what depth may change; picks the cheapest certified point.")
     min_exit: int | None = Field(None, ge=0, description="No voluntary exit before this one.")
     max_exit: int | None = Field(None, ge=0, description="No stage beyond this exit.")
     gate_threshold: Share | None = Field(None, description="For networks with gates.")
@@ -131,10 +142,10 @@ class FailedPrediction(_Document):
 class CertificateStatement(_Document):
     """What held-out data certifies of the operating point."""
 
-    kind: Literal["consistency", "accuracy"]
-    method: str
+    kind: Literal["consistency", "accuracy_loss", "accuracy"]
+    method: Literal["ltt", "crc"]
     bound: Share
-    delta: Share
+    delta: OpenShare | None = Field(description="With which probability it may be wrong; null: it holds on average.")
     num_samples: int
 
 
@@ -210,7 +221,8 @@ class ModelDescription(ModelSummary):
     labels: list[str] | None
     stages: list[StageDescription]
     exits: list[ExitDescription]
-    default_policy: PolicySpec
+    default_policy: PolicySpec = Field(description="Serves requests that choose neither policy nor budget.")
+    default_operating_point: str | None = Field(description="The calibrated point it is, if it is one.")
     policies: list[str]
     combine: list[str]
     on_miss: list[str]
@@ -218,12 +230,27 @@ class ModelDescription(ModelSummary):
     provenance: dict[str, Any]
 
 
+class OperatingPointDescription(_Document):
+    """One calibrated setting of a policy, with what held-out data says to expect of it."""
+
+    name: str
+    policy: PolicySpec
+    compute: Share = Field(description="Average share of the full path's FLOPs.")
+    accuracy: Share
+    exit_rates: list[Share] = Field(description="Share of rows that leave at each exit.")
+    expected_ms: float = Field(description="Average time in the stages for a row alone, as this machine measures it.")
+    certificates: list[CertificateStatement]
+
+
 class OperatingPointList(_Document):
     """A model's calibrated operating points, cheapest first."""
 
     model: str
     version: str
-    operating_points: list[OperatingPoint]
+    data_digest: str | None = Field(description="Sha256 of the data they were calibrated on.")
+    num_samples: int
+    temperatures: list[float]
+    operating_points: list[OperatingPointDescription]
 
 
 SCHEMAS: tuple[type[BaseModel], ...] = (

@@ -19,9 +19,9 @@ from offramp_server.api.open_inference.outputs import needs_logits, output_tenso
 from offramp_server.api.open_inference.request import InferRequest, RequestedOutput, read_request
 from offramp_server.api.open_inference.response import MAX_INLINE_BYTES, answer_parts, infer_response
 from offramp_server.context import ServerContext, context_of
-from offramp_server.fields import read_routing
+from offramp_server.fields import Routing, read_routing
 from offramp_server.inputs import conform
-from offramp_server.messages import Inputs, RequestOptions, Result, RowAnswer
+from offramp_server.messages import Inputs, Result, RowAnswer
 from offramp_server.middleware import arrival_of
 from offramp_server.served import ServedModel
 from offramp_server.settings import ServerSettings
@@ -46,17 +46,19 @@ async def infer(request: Request) -> Response:
         header_length = request.headers.get("inference-header-content-length")
         asked, inputs = await _read(body, header_length, served, context)
         outputs = requested_outputs(asked.outputs, asked.is_binary, served.manifest)
-        options = _options(asked, served, context.settings, outputs)
+        routing = _routing(asked, served, context.settings, outputs)
     except OfframpError as error:
         context.metrics.rejected(served.name, served.version, error.code)
         raise
     result = await unless_disconnected(
-        request, context.bridge.answer(context.engine, served, inputs, options, arrival_of(request.scope))
+        request, context.bridge.answer(context.engine, served, inputs, routing.options, arrival_of(request.scope))
     )
     head: dict[str, Any] = {"model_name": served.name, "model_version": served.version}
     if asked.id is not None:
         head["id"] = asked.id
-    tensors = output_tensors(outputs, _rows(result), served, options.combine)
+    if (parameters := _point_parameters(routing)) is not None:
+        head["parameters"] = parameters
+    tensors = output_tensors(outputs, _rows(result), served, routing.options.combine)
     answer, json_length = answer_parts(head, outputs, tensors)
     headers = answer_headers(result, served)
     return await infer_response(answer, json_length, headers, request.headers.get("accept-encoding", ""))
@@ -79,24 +81,40 @@ def _read_now(
     return asked, conform(asked.arrays, served.manifest, max_rows)
 
 
-def _options(
+def _point_parameters(routing: Routing) -> dict[str, Any] | None:
+    """Name the operating point that served a request, and the certificate it was chosen for."""
+    if routing.options.operating_point is None:
+        return None
+    certificate = {} if routing.certificate is None else routing.certificate.model_dump(exclude={"data_digest"})
+    stated = {f"certified_{name}": value for name, value in certificate.items() if value is not None}
+    return {"operating_point": routing.options.operating_point} | stated
+
+
+def _routing(
     asked: InferRequest, served: ServedModel, settings: ServerSettings, outputs: tuple[RequestedOutput, ...]
-) -> RequestOptions:
+) -> Routing:
     """Check the parameters that route; of a `timeout` and a `latency_ms` the tighter one holds."""
     wants_logits = needs_logits(outputs)
     try:
-        routing = read_routing(asked.fields, served.manifest, served.calibration, settings, wants_logits=wants_logits)
+        routing = read_routing(
+            asked.fields,
+            served.manifest,
+            served.calibration,
+            settings,
+            otherwise=settings.defaults_of(served.name),
+            wants_logits=wants_logits,
+        )
     except InvalidValue as error:
         raise InvalidValue(f"parameters.{error.message}", error.field) from None
     options = routing.options
     if asked.timeout_us is None:
-        return options
+        return routing
     timeout_ms = asked.timeout_us / MICROSECONDS_PER_MS
     if timeout_ms > settings.max_latency_ms:
         limit_us = settings.max_latency_ms * MICROSECONDS_PER_MS
         raise InvalidValue(f"parameters.timeout: must be at most {limit_us:g} microseconds", "timeout")
     latency_ms = timeout_ms if options.latency_ms is None else min(timeout_ms, options.latency_ms)
-    return replace(options, latency_ms=latency_ms)
+    return replace(routing, options=replace(options, latency_ms=latency_ms))
 
 
 def _rows(result: Result) -> list[RowAnswer]:

@@ -1,0 +1,201 @@
+"""A trace: what every exit of a bundle said about every sample of a data set, recorded in one pass at full depth.
+
+A trace is all that calibration and evaluation need: any policy can be replayed over it without running the network
+again. Its file is a plain `.npz` that numpy reads anywhere; ours are stored without compression, so that the arrays are
+mapped into memory instead of being read, and neither writing nor reading one needs room for it.
+
+Shapes: N = samples, E = exits, C = classes.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Final, Self
+
+import numpy as np
+from offramp_contract.errors import BrokenTrace
+from offramp_contract.statistics import FloatArray, IntArray
+
+TRACE_FORMAT_VERSION: Final = 1
+MAX_ABOUT_BYTES = 2**20
+MAX_SAMPLES = 2**31
+_LOCAL_HEADER_BYTES = 30
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """Where a trace comes from.
+
+    Attributes:
+        model: Name of the bundle.
+        model_digest: Its model digest.
+        data_digest: Sha256 over all inputs and labels, in order (see `record`).
+        depth_E: Share of the full path's FLOPs that a row has run when it stands at each exit, rising to 1.
+    """
+
+    model: str
+    model_digest: str
+    data_digest: str
+    depth_E: tuple[float, ...]
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Self:
+        """Read it.
+
+        Raises:
+            BrokenTrace: If it is not what `record` writes, or of a format this version does not know.
+        """
+        try:
+            written = json.loads(text)
+            if (version := written.pop("format_version")) != TRACE_FORMAT_VERSION:
+                raise BrokenTrace(f"trace format {version!r} is not known here; this Offramp reads 1")
+            about = cls(**written | {"depth_E": tuple(float(depth) for depth in written["depth_E"])})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise BrokenTrace("the trace does not say which bundle and data it comes from") from None
+        rising = all(a <= b for a, b in zip((0.0, *about.depth_E), (*about.depth_E, 1.0), strict=True))
+        if not about.depth_E or not rising:
+            raise BrokenTrace("the trace's depths do not rise from 0 to 1")
+        return about
+
+    def to_json(self) -> bytes:
+        """Write it."""
+        return json.dumps({"format_version": TRACE_FORMAT_VERSION} | asdict(self)).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What every exit said about every sample.
+
+    Attributes:
+        about: Where it comes from.
+        label_N: The right class of each sample, int64.
+        logits_ENC: Per exit the raw scores, float32, shape (N, C); mapped from the file where one was read.
+    """
+
+    about: About
+    label_N: IntArray
+    logits_ENC: tuple[FloatArray, ...]
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Open a trace's file.
+
+        Raises:
+            BrokenTrace: If it is not a trace, or a part of it is missing or of the wrong shape.
+        """
+        try:
+            with zipfile.ZipFile(path) as archive:
+                arrays = {
+                    info.filename.removesuffix(".npy"): _map_member(path, archive, info) for info in archive.infolist()
+                }
+        except (zipfile.BadZipFile, OSError, ValueError):
+            raise BrokenTrace(f"{path.name!r} is not a trace that `record` wrote") from None
+        if "about" not in arrays or "label" not in arrays or arrays["about"].nbytes > MAX_ABOUT_BYTES:
+            raise BrokenTrace(f"{path.name!r} is not a trace: it does not say which bundle it comes from")
+        about = About.from_json(arrays["about"].tobytes())
+        try:
+            logits_ENC = tuple(arrays[f"logits_{index}"] for index in range(len(about.depth_E)))
+        except KeyError as missing:
+            raise BrokenTrace(f"{path.name!r} holds no {missing.args[0]}") from None
+        _check_shapes(arrays["label"], logits_ENC)
+        return cls(about, arrays["label"], logits_ENC)
+
+    def write(self, path: Path) -> None:
+        """Write it to a file, all at once or not at all."""
+        with writing(path) as writer:
+            writer.append(self.label_N, self.logits_ENC)
+            writer.finish(self.about)
+
+
+class TraceWriter:
+    """Appends batches to a trace on disk; made by `writing`."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self._path = path
+        self._folder = folder
+        self._num_samples = 0
+        self._parts: dict[str, tuple[IO[bytes], np.dtype[Any], tuple[int, ...]]] = {}
+
+    def append(self, label_B: IntArray, logits_EBC: Sequence[FloatArray]) -> None:
+        """Add a batch: labels (B,) and per exit logits (B, C)."""
+        self._append("label", label_B.astype(np.int64))
+        for index, logits_BC in enumerate(logits_EBC):
+            self._append(f"logits_{index}", logits_BC.astype(np.float32))
+        self._num_samples += len(label_B)
+
+    def finish(self, about: About) -> None:
+        """Join what was appended into the file and put it in its place."""
+        self._append("about", np.frombuffer(about.to_json(), np.uint8))
+        joined = self._folder / "joined"
+        with zipfile.ZipFile(joined, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name, (file, dtype, row_shape) in self._parts.items():
+                length = len(about.to_json()) if name == "about" else self._num_samples
+                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array_header_1_0(member, header | {"shape": (length, *row_shape)})
+                    file.seek(0)
+                    shutil.copyfileobj(file, member, 2**20)
+        os.replace(joined, self._path)
+
+    def close(self) -> None:
+        """Let go of the parts."""
+        for file, _, _ in self._parts.values():
+            file.close()
+
+    def _append(self, name: str, rows: np.ndarray) -> None:
+        if name not in self._parts:
+            self._parts[name] = ((self._folder / name).open("w+b"), rows.dtype, rows.shape[1:])
+        file, _, row_shape = self._parts[name]
+        if rows.shape[1:] != row_shape:
+            raise BrokenTrace(f"{name}: rows of shape {rows.shape[1:]} follow rows of shape {row_shape}")
+        file.write(np.ascontiguousarray(rows).data)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[TraceWriter]:
+    """Write a trace batch by batch; nothing is left behind if it does not come to `finish`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        writer = TraceWriter(path, Path(folder))
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+def _map_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """Map one array of an `.npz` into memory, or read it where it is compressed."""
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read_header:
+            raise BrokenTrace(f"{path.name!r}: {info.filename} has an array format that is not known here")
+        shape, fortran_order, dtype = read_header[version](member)
+        if dtype.hasobject or fortran_order:
+            raise BrokenTrace(f"{path.name!r}: {info.filename} must be a plain array of numbers")
+        header_bytes = member.tell()
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise BrokenTrace(f"{path.name!r} is compressed; a trace is written as `record` writes it, without compression")
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        local = file.read(_LOCAL_HEADER_BYTES)
+        name_length, extra_length = np.frombuffer(local[26:30], "<u2").tolist()
+    offset = info.header_offset + _LOCAL_HEADER_BYTES + name_length + extra_length + header_bytes
+    return np.memmap(path, dtype, "r", offset, shape)
+
+
+def _check_shapes(label_N: np.ndarray, logits_ENC: Sequence[np.ndarray]) -> None:
+    if label_N.ndim != 1 or label_N.dtype != np.int64 or not 1 <= len(label_N) <= MAX_SAMPLES:
+        raise BrokenTrace("the trace's labels must be int64, one a sample")
+    for index, logits_NC in enumerate(logits_ENC):
+        if logits_NC.ndim != 2 or logits_NC.dtype != np.float32 or len(logits_NC) != len(label_N):
+            raise BrokenTrace(f"the trace's logits_{index} must be float32, one row a sample")
