@@ -181,6 +181,12 @@ class ParityError(ExportError):
     code = "parity"
 
 
+class DataSetError(OfframpError):
+    """A named data set cannot be downloaded, or its files are not what was published."""
+
+    code = "data_set"
+
+
 class CalibrationError(OfframpError):
     """The bundle cannot be calibrated or evaluated this way; nothing was written."""
 

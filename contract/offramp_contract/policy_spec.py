@@ -5,6 +5,7 @@ network with a given number of exits. Equal specs compile to the same object, so
 """
 
 import re
+from collections.abc import Collection
 from functools import lru_cache
 from numbers import Real
 from typing import Annotated, Literal, TypeAlias
@@ -239,6 +240,33 @@ def compile_policy(spec: PolicySpec, num_exits: int) -> Policy:
             return AllOf(tuple(compile_policy(member, num_exits) for member in spec.of))
         case AnyOfSpec():
             return AnyOf(tuple(compile_policy(member, num_exits) for member in spec.of))
+
+
+def without_exits(spec: PolicySpec, dropped: Collection[int], num_exits: int) -> PolicySpec:
+    """Give the policy that does the same in a network that lacks some of the exits.
+
+    A list loses the dropped exits' thresholds; a fixed exit that is dropped gives way to the next one that stays.
+
+    Args:
+        spec: A policy for a network of `num_exits` exits.
+        dropped: Which exits go, 0-based; the final exit cannot.
+        num_exits: How many there were.
+
+    Raises:
+        InvalidValue: If the spec does not fit `num_exits` exits.
+    """
+    compile_policy(spec, num_exits)
+    match spec:
+        case ConfidenceSpec() | EntropySpec() | MarginSpec() | AgreementSpec() if isinstance(spec.threshold, tuple):
+            kept = tuple(value for index, value in enumerate(spec.threshold) if index not in dropped)
+            return spec.model_copy(update={"threshold": kept or spec.threshold[0]})
+        case FixedSpec():
+            return FixedSpec(exit=spec.exit - sum(index < spec.exit for index in set(dropped)))
+        case AllOfSpec() | AnyOfSpec():
+            members = tuple(without_exits(member, dropped, num_exits) for member in spec.of)
+            return spec.model_copy(update={"of": members})
+        case _:
+            return spec
 
 
 def _thresholds(threshold: float | tuple[float, ...], num_exits: int) -> np.ndarray:

@@ -23,7 +23,7 @@ def load_module(target: str, weights: Path | None = None) -> nn.Module:
     """
     module = _make(target)
     if weights is not None:
-        _load_weights(module, weights)
+        load_weights(module, weights)
     return module.eval()
 
 
@@ -61,7 +61,16 @@ def _called(target: str, factory: object) -> nn.Module:
     return made
 
 
-def _load_weights(module: nn.Module, weights: Path) -> None:
+def load_weights(module: nn.Module, weights: Path) -> None:
+    """Put the weights of a file into a module.
+
+    Args:
+        module: Gets them in place.
+        weights: A file that `torch.save(module.state_dict(), ...)` wrote; nothing in it is executed.
+
+    Raises:
+        TraceError: If they do not fit, saying which.
+    """
     if not weights.is_file():
         raise TraceError(f"weights: {str(weights)!r} is no file")
     try:

@@ -2,16 +2,14 @@
 
 import platform
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from offramp_contract.errors import ExportError
-from offramp_contract.manifest import MANIFEST_FILE, Preprocessing, Provenance
+from offramp_contract.manifest import Preprocessing, Provenance
 from offramp_contract.policy_spec import ConfidenceSpec, PolicySpec
 from offramp_contract.statistics import FloatArray
 from offramp_runtime import Bundle, Device, open_bundle, open_device
@@ -22,6 +20,7 @@ from offramp_exporter.examples import ExampleInputs, Examples
 from offramp_exporter.exits import ExitNames
 from offramp_exporter.onnx_door import program_of_file, read_onnx, whole_graph_reference
 from offramp_exporter.program import Program
+from offramp_exporter.publish import published
 from offramp_exporter.split import split
 from offramp_exporter.trace import evaluating, trace
 from offramp_exporter.verify import prove_parity, prove_structure
@@ -73,7 +72,7 @@ def export(
         ExportError: If `out` exists, or the description does not fit the network.
     """
     report = progress or _silent
-    with evaluating(module), _published(Path(out), overwrite) as folder:
+    with evaluating(module), published(Path(out), overwrite) as folder:
         report(f"tracing {type(module).__name__}")
         traced = trace(module, example_inputs, exits, None if labels is None else len(labels))
         found = ", ".join(f"{exit_} = out{path}" for exit_, path in traced.paths.items())
@@ -148,7 +147,7 @@ def export_onnx(
         ExportError: If `out` exists, or the description does not fit the network.
     """
     path, report = Path(path), progress or _silent
-    with _published(Path(out), overwrite) as folder:
+    with published(Path(out), overwrite) as folder:
         report(f"reading {path.name}")
         program, whole, examples = program_of_file(read_onnx(path), exits, example_inputs)
         provenance = Provenance(
@@ -189,30 +188,6 @@ def _write_and_prove(
     write_bundle(folder, program, plans, description, batches)
     report(f"proving parity at batch {', '.join(map(str, batches.proved))}")
     prove_parity(open_bundle(folder), device, network, examples, batches.proved)
-
-
-@contextmanager
-def _published(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Give an empty folder beside `out` that becomes it if all goes well, and leaves nothing behind if not."""
-    out = out.absolute()
-    is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if not is_free and not overwrite:
-        raise ExportError(f"{str(out)!r} exists; choose another folder or ask to overwrite it")
-    if not is_free and not (out / MANIFEST_FILE).is_file():
-        raise ExportError(f"{str(out)!r} is no bundle and is not overwritten; choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
-        new.mkdir()
-        yield new
-        if out.exists():
-            out.rename(old)
-        try:
-            new.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
 
 
 def _model_name(text: str) -> str:

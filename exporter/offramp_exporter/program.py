@@ -6,7 +6,7 @@ that follow: which axes of a value grow with the batch, and that the batch size 
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -33,7 +33,7 @@ MAX_PROTO_BYTES: Final = 2**31 - 2**20
 _MIN_IR_VERSION: Final = 8
 """Before version 4 of the format, weights had to be listed among the inputs."""
 
-_PROBE_BATCHES: Final = (5, 7)
+PROBE_BATCHES: Final = (5, 7)
 """Two batch sizes at which shapes are inferred: what differs between them grows with the batch."""
 
 _MAX_SHAPE_CONSTANT: Final = 256
@@ -94,7 +94,7 @@ def program_of_model(model: ModelProto, exits: Mapping[str, str]) -> Program:
     initializers |= {tensor.name: tensor for tensor in (*axes, *sizes)}
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     return Program(
-        nodes=tuple(_live(nodes, exits.values())),
+        nodes=tuple(live_nodes(nodes, exits.values())),
         initializers=initializers,
         inputs=tuple(value.name for value in inputs),
         exits=dict(exits),
@@ -147,9 +147,9 @@ def _batch_symbol(value: ValueInfoProto) -> str:
 def _infer(model: ModelProto, symbols: set[str]) -> tuple[dict[str, Shape], dict[str, int]]:
     """Infer every value's shape at two batch sizes and read off what grows with the batch."""
     light = _without_weights(model)
-    probes = [_types_at(light, symbols, batch) for batch in _PROBE_BATCHES]
+    probes = [_types_at(light, symbols, batch) for batch in PROBE_BATCHES]
     shapes = {
-        name: _join(_sizes(kind), _sizes(probes[1][name]))
+        name: join_shapes(_sizes(kind), _sizes(probes[1][name]))
         for name, kind in probes[0].items()
         if kind.tensor_type.HasField("shape") and name in probes[1] and probes[1][name].tensor_type.HasField("shape")
     }
@@ -202,7 +202,8 @@ def _sizes(kind: TypeProto) -> tuple[int | None, ...]:
     return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.tensor_type.shape.dim)
 
 
-def _join(few: tuple[int | None, ...], many: tuple[int | None, ...]) -> Shape | None:
+def join_shapes(few: Sequence[int | None], many: Sequence[int | None]) -> Shape | None:
+    """Read a value's shape off its sizes at the two `PROBE_BATCHES`; None if its rank differs."""
     if len(few) != len(many):
         return None
     return tuple(_join_dim(a, b) for a, b in zip(few, many, strict=True))
@@ -211,8 +212,8 @@ def _join(few: tuple[int | None, ...], many: tuple[int | None, ...]) -> Shape | 
 def _join_dim(few: int | None, many: int | None) -> Dim:
     if few is None or many is None or few == many:
         return None if few is None or many is None else few
-    multiple, rest = divmod(few, _PROBE_BATCHES[0])
-    return Rows(multiple) if not rest and many == multiple * _PROBE_BATCHES[1] else None
+    multiple, rest = divmod(few, PROBE_BATCHES[0])
+    return Rows(multiple) if not rest and many == multiple * PROBE_BATCHES[1] else None
 
 
 def _check_exits(exits: Mapping[str, str], shapes: Mapping[str, Shape], nodes: Iterable[NodeProto]) -> None:
@@ -226,8 +227,8 @@ def _check_exits(exits: Mapping[str, str], shapes: Mapping[str, Shape], nodes: I
             raise TraceError(f"exit {tensor!r} has shape {spell(shape)}; an exit's scores are (batch, classes >= 2)")
 
 
-def _live(nodes: list[NodeProto], wanted: Iterable[str]) -> list[NodeProto]:
-    """Keep what the exits need."""
+def live_nodes(nodes: Sequence[NodeProto], wanted: Iterable[str]) -> list[NodeProto]:
+    """Keep the nodes that some values need."""
     needed, kept = set(wanted), []
     for node in reversed(nodes):
         if needed.intersection(node.output):

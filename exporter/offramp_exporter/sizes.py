@@ -45,6 +45,8 @@ def replace_shape_reads(
         dims = _dims_read(node, shapes)
         if dims is None:
             kept.append(node)
+        elif BATCH_SIZE in node.output:
+            continue  # a stage graph of ours, which has it under that name already
         elif node.op_type == "Size":
             constants.append(_scalar(f"{node.output[0]}.row", elements_of_row(dims) or 0))
             kept.extend(_element_count(node.output[0], dims))

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -68,20 +68,9 @@ def write_bundle(
     exits = [_exit(program, plan, index) for index, plan in enumerate(plans)]
     (folder / "stages").mkdir()
     stages = []
-    for index, (plan, exit_) in enumerate(zip(plans, exits, strict=True)):
-        graph = stage_graph(program, plan, crossing, exit_)
-        add_decision(graph, exit_)
-        stages.append(
-            Stage(
-                name=f"stage_{index}",
-                graph=_write(folder, f"stages/{index:02}.onnx", graph.SerializeToString(deterministic=True)),
-                inputs=tuple(crossing[name].tensor.name for name in plan.reads),
-                outputs=tuple(crossing[name].tensor.name for name in plan.emits),
-                exit=index,
-                flops=stage_flops(program, plan),
-                carry_bytes=carry_bytes(plans, crossing, index),
-            )
-        )
+    for stage, graph in write_stages(program, plans, crossing, exits):
+        (folder / stage.graph.path).write_bytes(graph)
+        stages.append(stage)
     manifest = _manifest(
         program,
         crossing=crossing,
@@ -92,6 +81,33 @@ def write_bundle(
     )
     (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
     return manifest
+
+
+def write_stages(
+    program: Program, plans: Sequence[StagePlan], crossing: Mapping[str, Crossing], exits: Sequence[Exit]
+) -> Iterator[tuple[Stage, bytes]]:
+    """Write every stage's graph, in order, and what the manifest says of it.
+
+    Args:
+        program: What the plans index.
+        plans: One a stage.
+        crossing: How each model input and carry crosses, by the program's name.
+        exits: One a stage.
+    """
+    for index, (plan, exit_) in enumerate(zip(plans, exits, strict=True)):
+        model = stage_graph(program, plan, crossing, exit_)
+        add_decision(model, exit_)
+        graph = model.SerializeToString(deterministic=True)
+        stage = Stage(
+            name=f"stage_{index}",
+            graph=File(path=f"stages/{index:02}.onnx", sha256=hashlib.sha256(graph).hexdigest()),
+            inputs=tuple(crossing[name].tensor.name for name in plan.reads),
+            outputs=tuple(crossing[name].tensor.name for name in plan.emits),
+            exit=index,
+            flops=stage_flops(program, plan),
+            carry_bytes=carry_bytes(plans, crossing, index),
+        )
+        yield stage, graph
 
 
 def _exit(program: Program, plan: StagePlan, index: int) -> Exit:
