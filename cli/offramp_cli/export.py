@@ -12,12 +12,15 @@ from rich.table import Table
 
 from offramp_cli.console import stderr, stdout
 from offramp_cli.errors import CommandError
+from offramp_cli.train import read_policy
 
 if TYPE_CHECKING:
     from offramp_contract.manifest import Manifest
     from offramp_exporter.examples import ExampleInputs
     from offramp_exporter.exits import ExitNames
     from offramp_models.data import ImageDataSet
+    from offramp_models.networks import NetworkPlan
+    from torch import nn
 
 NUM_EXAMPLES = 16
 
@@ -49,24 +52,36 @@ def export(
     data: Annotated[
         str | None, typer.Option(help="Take example, labels and preprocessing from this data set of `offramp models`.")
     ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the data set's files; unset: that of OFFRAMP_DATA, else they are downloaded once."
+        ),
+    ] = None,
     policy: Annotated[
         str | None, typer.Option(help="Policy of requests that name none: a kind, or the JSON of a policy.")
     ] = None,
-    training: Annotated[Path | None, typer.Option(help="A JSON file to keep in the manifest's provenance.")] = None,
+    training: Annotated[
+        Path | None,
+        typer.Option(
+            help="A JSON file to keep in the manifest's provenance; the one that `offramp train` writes also says how "
+            "the network was built and with which policy it is to serve."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
 ) -> None:
     """Cut a network into stages, prove that they equal it, and write the bundle; or write nothing and say why."""
     from offramp_exporter import export as export_module
-    from offramp_exporter import export_onnx, load_module
+    from offramp_exporter import export_onnx
 
-    described = _description(data, labels, preprocessing, training)
+    described = _description(data, data_dir, labels, preprocessing, training)
     inputs = _inputs(example or [], described.data)
     options: dict[str, Any] = {
         "name": name,
         "labels": described.labels,
         "preprocessing": described.preprocessing,
         "tokenizer": tokenizer,
-        "default_policy": None if policy is None else _policy(policy),
+        "default_policy": _default_policy(policy, described.training),
         "training": described.training,
         "overwrite": overwrite,
     }
@@ -80,7 +95,7 @@ def export(
         else:
             if inputs is None:
                 raise CommandError("a network needs --example, the shape of one row such as 3x32x32, or --data")
-            module = load_module(_factory(target), weights)
+            module = _module(target, weights, described)
             bundle = export_module(module, inputs, out, exits=wanted, progress=step, **options)
     print_stages(bundle.manifest)
     stdout.print(f"\nbundle: {out}   serve it:  offramp serve {out}", soft_wrap=True, highlight=False)
@@ -134,24 +149,60 @@ class _Described:
 
 
 def _description(
-    data: str | None, labels: Path | None, preprocessing: Path | None, training: Path | None
+    data: str | None, data_dir: Path | None, labels: Path | None, preprocessing: Path | None, training: Path | None
 ) -> _Described:
-    images = None if data is None else _data_set(data)
+    record = None if training is None else _json_object(training)
+    images = None if data is None else _data_set(data, data_dir, record or {})
     return _Described(
         images,
         _lines(labels) if labels is not None else images.label_names if images is not None else None,
         _preprocessing(preprocessing) if preprocessing is not None else images.preprocessing if images else None,
-        None if training is None else _json_object(training),
+        record,
     )
 
 
-def _data_set(name: str) -> "ImageDataSet":
+def _data_set(name: str, data_dir: Path | None, record: Mapping[str, Any]) -> "ImageDataSet":
+    """Load a data set, in the splits of the training if there was one."""
     from offramp_models import load_data
 
+    if record.get("data", name) != name:
+        raise CommandError(f"--data is {name}, but the network was trained on {record['data']}")
+    settings = record.get("settings")
+    seed = settings.get("seed", 0) if isinstance(settings, dict) else 0
     try:
-        return load_data(name)
+        return load_data(name, seed if isinstance(seed, int) and seed >= 0 else 0, data_dir)
     except ValueError as error:
         raise CommandError(str(error)) from None
+
+
+def _module(target: str, weights: Path | None, described: _Described) -> "nn.Module":
+    """Give the network to export: one of ours, as its record and data say it was built, or one of the user's."""
+    from offramp_exporter import load_module, load_weights
+    from offramp_models.networks import NETWORKS
+
+    if target not in NETWORKS:
+        return load_module(target, weights)
+    try:
+        module = _plan(target, described).build()
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    if weights is not None:
+        load_weights(module, weights)
+    return module.eval()
+
+
+def _plan(network: str, described: _Described) -> "NetworkPlan":
+    from offramp_models.networks import NetworkPlan, plan_network
+
+    plan = NetworkPlan.from_record(described.training or {})
+    if plan is not None and plan.network != network:
+        raise CommandError(f"the record is that of a {plan.network}; export that, not {network}")
+    if plan is not None:
+        return plan
+    if described.data is None:
+        return plan_network(network)
+    shape, num_classes = described.data.input_shape, len(described.data.label_names)
+    return plan_network(network, input_shape=shape, num_classes=num_classes)
 
 
 def _inputs(examples: Sequence[str], data: "ImageDataSet | None") -> "ExampleInputs | None":
@@ -171,14 +222,6 @@ def _arrays(inputs: "ExampleInputs | None") -> dict[str, Any] | None:
     return {name: tensor.numpy() for name, tensor in inputs.items()}
 
 
-def _factory(target: str) -> str:
-    from offramp_models import NETWORKS
-
-    if target not in NETWORKS:
-        return target
-    return f"{NETWORKS[target].__module__}:{NETWORKS[target].__qualname__}"
-
-
 def _exit_names(text: str) -> "ExitNames":
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
@@ -189,13 +232,14 @@ def _exit_names(text: str) -> "ExitNames":
     return parts
 
 
-def _policy(text: str) -> Any:
+def _default_policy(asked: str | None, record: Mapping[str, Any] | None) -> Any:
+    """Give the policy that is asked for, else the one that the training's record holds, else None."""
     from offramp_contract.policy_spec import parse_policy
 
-    try:
-        return parse_policy(json.loads(text) if text.lstrip().startswith("{") else text)
-    except json.JSONDecodeError:
-        raise CommandError(f"--policy {text!r} is not valid JSON") from None
+    if asked is not None:
+        return parse_policy(read_policy(asked))
+    recorded = (record or {}).get("policy")
+    return None if recorded is None else parse_policy(recorded)
 
 
 def _preprocessing(path: Path) -> Any:

@@ -1,23 +1,58 @@
-"""`offramp models`: which networks and data sets there are."""
+"""`offramp models`: what can be chosen for a training: networks, exits, methods and data sets."""
+
+import inspect
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from offramp_cli.console import stdout
 
+if TYPE_CHECKING:
+    from offramp_models.networks import NetworkPlan
+
 
 def models() -> None:
-    """List the networks that can be trained here, and the data sets to train them on."""
+    """List the networks that can be trained here, what their exits can be made of, the methods and the data sets."""
+    from offramp_models import DATA_SETS
+    from offramp_models.exits import EXITS
+    from offramp_models.networks import NETWORKS, plan_network
+    from offramp_models.training import METHODS
+
+    stdout.print(_networks([plan_network(name) for name in sorted(NETWORKS)]))
+    for heading, things in (("exits", EXITS), ("method", METHODS)):
+        table = Table(heading, "what it is", box=None, pad_edge=False)
+        for name, thing in sorted(things.items()):
+            table.add_row(name, _first_line(thing.__doc__))
+        stdout.print("", table)
+    table = Table("data set", "what it is", box=None, pad_edge=False)
+    for name, load in sorted(DATA_SETS.items()):
+        table.add_row(name, _first_line(getattr(inspect.getmodule(load), "__doc__", "")))
+    stdout.print("", table)
+    for name in sorted(NETWORKS):
+        stdout.print(f"\n[bold]{name}[/] --knob", _knobs(plan_network(name)), highlight=False, soft_wrap=True)
+
+
+def _networks(plans: "list[NetworkPlan]") -> Table:
+    """Describe networks as they are built unless told otherwise; a data set's shape and classes come in their place."""
     import torch
-    from offramp_models import DATA_SETS, NETWORKS
 
     table = Table("network", "exits", "parameters", "input", "what it is", box=None, pad_edge=False)
-    for name, build in sorted(NETWORKS.items()):
-        network = build().eval()
-        shape = network.input_shape
-        with torch.inference_mode():
-            num_exits = len(network(torch.zeros(1, *shape)))
+    for plan in plans:
+        with torch.device("meta"), torch.inference_mode():  # shapes alone, nothing is computed
+            network = plan.build().eval()
+            num_exits = len(network(torch.zeros(1, *plan.input_shape)))
         num_parameters = sum(parameter.numel() for parameter in network.parameters())
-        summary = (build.__doc__ or "").partition("\n")[0]
-        table.add_row(name, str(num_exits), f"{num_parameters:,}", "x".join(map(str, shape)), summary)
-    stdout.print(table)
-    stdout.print(f"\ndata sets: {', '.join(sorted(DATA_SETS))}")
+        shape = "x".join(map(str, plan.input_shape))
+        exits, summary = f"{num_exits} {plan.exits}", _first_line(type(network).__doc__)
+        table.add_row(plan.network, exits, f"{num_parameters:,}", shape, summary)
+    return table
+
+
+def _knobs(plan: "NetworkPlan") -> str:
+    return "  ".join(
+        f"{name}={value if isinstance(value, int) else ','.join(map(str, value))}" for name, value in plan.knobs.items()
+    )
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().partition("\n")[0]

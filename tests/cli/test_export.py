@@ -6,7 +6,8 @@ import onnx
 import pytest
 import torch
 from offramp_cli.__main__ import app
-from offramp_models import create_network, load_data
+from offramp_models import load_data
+from offramp_models.networks import create_network
 from offramp_runtime import StageExecutor, open_bundle, open_device, run_all_exits
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner

@@ -1,10 +1,29 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from offramp_cli.__main__ import app
-from offramp_models import create_network
+from offramp_models import load_data
+from offramp_models.data import DATA_SETS
+from offramp_models.exits import EXITS
+from offramp_models.networks import NETWORKS, NetworkPlan, create_network, plan_network
+from offramp_models.training import METHODS, evaluate
+from offramp_runtime import StageExecutor, open_bundle, open_device, run_all_exits
 from typer.testing import CliRunner
+
+TINY_MSDNET = (
+    "--threads",
+    "1",
+    "--network",
+    "msdnet",
+    "--knob",
+    "channels=2",
+    "--knob",
+    "growth=2",
+    "--knob",
+    "num_exits=4",
+)
 
 
 @pytest.fixture
@@ -31,12 +50,22 @@ def test_train_writes_weights_that_load_without_pickled_code_and_a_record(offram
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--network", "resnet9000"], "network 'resnet9000' is not one of multi_exit_cnn"),
-        (["--data", "imagenet"], "data set 'imagenet' is not one of digits"),
+        (["--network", "resnet9000"], "network 'resnet9000' is not one of msdnet, multi_exit_cnn, resnet"),
+        (["--data", "imagenet"], "data set 'imagenet' is not one of cifar100, digits, fashion_mnist"),
         (["--exit-weights", "1,heavy"], "--exit-weights '1,heavy': write numbers"),
         (["--exit-weights", "1,2"], "4 exits need as many loss weights; got 2"),
         (["--batch-size", 5000], "897 training images do not fill a batch of 5000"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["--exits", "magic"], "exits 'magic' is not one of conv_pool, mixed_pool, pooled_linear"),
+        (["--method", "luck"], "training method 'luck' is not one of weighted"),
+        (["--policy", "luck"], "policy: the kind must be one of"),
+        (["--policy", "{broken"], "is not valid JSON"),
+        (["--knob", "widths"], "--knob 'widths': write its name and whole numbers"),
+        (["--knob", "widths=8,many"], "--knob 'widths=8,many': write its name and whole numbers"),
+        (["--knob", "depth=3"], "network 'multi_exit_cnn' has no knob 'depth'"),
+        (["--network", "resnet", "--knob", "widths=0,8"], "widths must be whole numbers from 1 to 8192; got 0"),
+        (["--resume"], "--resume needs --checkpoint"),
+        (["--data", "cifar100", "--data-dir", "/nowhere"], "/nowhere holds no cifar-100-binary"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_sentence(offramp, tmp_path, arguments, sentence):
@@ -45,3 +74,89 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(offramp, tmp_path, ar
     assert sentence in done.output
     assert "Traceback" not in done.output
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_chosen_for_a_training_is_recorded_and_exported_without_being_said_again(offramp, tmp_path):
+    weights, record = tmp_path / "w.pt", tmp_path / "w.json"
+    chosen = ("--exits", "mixed_pool", "--policy", '{"kind": "entropy", "threshold": 0.2}', "--exit-weights", "1,1,1,2")
+    done = offramp("train", *TINY_MSDNET, *chosen, "--epochs", 1, "--seed", 5, "--out", weights)
+    assert done.exit_code == 0, done.output
+    written = json.loads(record.read_text())
+    assert (written["network"], written["exits"], written["data"]) == ("msdnet", "mixed_pool", "digits")
+    assert (written["input_shape"], written["num_classes"], written["settings"]["seed"]) == ([1, 8, 8], 10, 5)
+    assert written["settings"]["method"] == "weighted"
+
+    done = offramp(
+        "export", "msdnet", "--weights", weights, "--data", "digits", "--training", record, "--out", tmp_path / "b"
+    )
+    assert done.exit_code == 0, done.output
+    bundle = open_bundle(tmp_path / "b")
+    assert bundle.manifest.default_policy.model_dump(mode="json") == written["policy"]
+    assert bundle.manifest.provenance.training == written
+    data = load_data("digits", written["settings"]["seed"])
+    executor = StageExecutor(bundle, open_device("cpu", 1))
+    exits = run_all_exits(executor, {bundle.manifest.inputs[0].name: data.inputs(data.test)})
+    accuracy_E = [float(np.mean(logits.argmax(1) == data.test.labels_N)) for logits, _ in exits]
+    assert accuracy_E == pytest.approx(written["test_accuracy_E"], abs=0.003)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "sentence"),
+    [
+        (["resnet", "--data", "digits"], {}, "the record is that of a msdnet; export that, not resnet"),
+        (["msdnet", "--data", "fashion_mnist"], {}, "--data is fashion_mnist, but the network was trained on digits"),
+        (["msdnet", "--data", "digits"], {"knobs": {"growth": 0}}, "growth must be whole numbers from 1 to 8192"),
+        (["msdnet", "--data", "digits"], {"policy": "luck"}, "policy: the kind must be one of"),
+    ],
+)
+def test_a_record_that_does_not_belong_is_refused(offramp, tmp_path, arguments, changes, sentence):
+    record = plan_network("msdnet", input_shape=(1, 8, 8), num_classes=10).to_json() | {"data": "digits"} | changes
+    (tmp_path / "w.json").write_text(json.dumps(record))
+    done = offramp("export", *arguments, "--training", tmp_path / "w.json", "--out", tmp_path / "b")
+    assert done.exit_code == 1
+    assert sentence in done.output
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_training_interrupted_at_the_keyboard_says_how_to_go_on_and_goes_on(offramp, tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ("whole.pt", "again.pt", "training.ckpt")]
+    asked = ("train", *TINY_MSDNET, "--epochs", 3, "--batch-size", 128)
+    assert offramp(*asked, "--out", paths[0]).exit_code == 0
+    kept = (*asked, "--checkpoint", paths[2], "--resume", "--out", paths[1])
+
+    def interrupt(epoch):
+        if epoch.index == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("offramp_cli.train._show_epoch", interrupt)
+        stopped = offramp(*kept)
+    assert stopped.exit_code != 0
+    assert "is whole: go on with --resume" in stopped.output
+    assert not paths[1].exists()
+    done = offramp(*kept)
+    assert done.exit_code == 0, done.output
+    assert "epoch 3 of 3: loss" in done.output
+    assert "epoch 2 of 3: loss" not in done.output
+    whole, again = (torch.load(path, weights_only=True) for path in paths[:2])
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def test_weights_know_the_images_that_were_not_held_out_as_well_as_the_record_says(offramp, tmp_path):
+    weights = tmp_path / "w.pt"
+    assert offramp("train", *TINY_MSDNET, "--epochs", 1, "--seed", 2, "--out", weights).exit_code == 0
+    record = json.loads(weights.with_suffix(".json").read_text())
+    network = NetworkPlan.from_record(record).build()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    data = load_data(record["data"], record["settings"]["seed"])
+    assert list(evaluate(network, data, data.test)) == record["test_accuracy_E"]
+
+
+def test_models_lists_what_can_be_chosen(offramp):
+    done = offramp("models")
+    assert done.exit_code == 0, done.output
+    for name in (*NETWORKS, *EXITS, *METHODS, *DATA_SETS):
+        (line,) = [line for line in done.output.splitlines() if line.startswith(f"{name} ") and "--knob" not in line]
+        assert len(line.removeprefix(name).split()) > 3
+    assert "868,088" in done.output
+    assert "resnet --knob widths=16,32,64  blocks=3  num_exits=5" in done.output

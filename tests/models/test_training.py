@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from offramp_models import load_data
+from offramp_models.data import Augmentation
 from offramp_models.networks import MultiExitCNN
-from offramp_models.training import TrainingSettings, evaluate, train, weighted_loss
+from offramp_models.training import Lesson, TrainingSettings, create_method, evaluate, methods, train, weighted_loss
 from torch.nn import functional
 
 TINY = {"widths": (4, 8, 8), "blocks": (1, 1, 1), "strides": (1, 2, 2), "upscale": 1}
@@ -41,6 +44,60 @@ def test_the_gradient_is_the_weighted_sum_of_the_exits_gradients():
 def test_a_weight_too_few_is_refused():
     with pytest.raises(ValueError, match="2 exits need as many loss weights; got 1"):
         weighted_loss([torch.zeros(1, 2)] * 2, torch.zeros(1, dtype=torch.long), (1.0,))
+
+
+def test_the_weighted_method_counts_every_exit_once_unless_told_otherwise():
+    logits, labels = [torch.randn(4, 3) for _ in range(3)], torch.tensor([0, 2, 1, 1])
+    for weights, counted in (((), (1.0, 1.0, 1.0)), ((0.5, 1.0, 2.0), (0.5, 1.0, 2.0))):
+        loss = create_method("weighted", weights)(Lesson(logits, labels, 0.5))
+        torch.testing.assert_close(loss, weighted_loss(logits, labels, counted))
+
+
+def test_an_unknown_method_is_refused_with_those_there_are(digits):
+    with pytest.raises(ValueError, match="training method 'luck' is not one of weighted"):
+        train(tiny(), digits, TrainingSettings(method="luck"))
+
+
+def test_a_method_is_told_how_far_the_training_has_come(dots, monkeypatch):
+    lessons = []
+
+    def listening(exit_weights):
+        method = methods.Weighted(exit_weights)
+        return lambda lesson: (lessons.append(lesson), method(lesson))[1]
+
+    monkeypatch.setattr(methods, "METHODS", {"listening": listening})
+    train(tiny(), dots, TrainingSettings(epochs=2, method="listening"))
+    assert [lesson.progress for lesson in lessons] == [step / 6 for step in range(6)]
+    assert all(len(lesson.logits_EBC) == 3 and len(lesson.labels_B) == 32 for lesson in lessons)
+
+
+def test_training_images_are_varied_and_test_images_are_not(dots):
+    kept = replace(dots, augmentation=Augmentation())
+    networks = [tiny(), tiny()]
+    for network, data in zip(networks, (dots, kept), strict=True):
+        train(network, data, TrainingSettings(epochs=1))
+    assert not torch.equal(networks[0].exits[0].linear.weight, networks[1].exits[0].linear.weight)
+    assert evaluate(networks[0], dots, dots.test) == evaluate(networks[0], kept, kept.test)
+
+
+def test_computing_in_16_bits_learns_about_the_same_and_leaves_weights_of_32(dots):
+    networks, losses = [tiny(), tiny()], [[], []]
+    for network, seen, bfloat16 in zip(networks, losses, (False, True), strict=True):
+        settings = TrainingSettings(epochs=4, bfloat16=bfloat16)
+        train(network, dots, settings, lambda step, seen=seen: seen.append(step.loss))
+    assert all(weight.dtype == torch.float32 for weight in networks[1].parameters())
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+def test_every_epoch_is_reported_with_its_mean_loss_and_the_time_left(dots):
+    steps, epochs = [], []
+    train(tiny(), dots, TrainingSettings(epochs=3), steps.append, on_epoch=epochs.append)
+    assert [(epoch.index, epoch.total) for epoch in epochs] == [(1, 3), (2, 3), (3, 3)]
+    for epoch in epochs:
+        losses = [step.loss for step in steps[3 * epoch.index - 3 : 3 * epoch.index]]
+        assert epoch.loss == pytest.approx(np.mean(losses))
+        assert epoch.seconds_left == pytest.approx((3 - epoch.index) * epoch.seconds)
 
 
 def test_an_exit_of_weight_nothing_learns_nothing(digits):

@@ -12,6 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from offramp_contract.manifest import ImagePreprocessing
 
+from offramp_models.data.augmentation import UNVARIED, Augmentation
+from offramp_models.shapes import ImageShape
+
 
 @dataclass(frozen=True, slots=True)
 class LabelledImages:
@@ -28,6 +31,10 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    def rows(self, rows_B: "npt.NDArray[np.intp] | slice") -> "LabelledImages":
+        """Give some of the images; a slice copies nothing."""
+        return LabelledImages(self.pixels_NHW[rows_B], self.labels_N[rows_B])
+
 
 @dataclass(frozen=True, slots=True)
 class ImageDataSet:
@@ -40,6 +47,7 @@ class ImageDataSet:
         test: For measuring; never seen in training or calibration.
         label_names: Name of each class.
         preprocessing: How an image file becomes the network's input; goes into the bundle's manifest.
+        augmentation: How training images are varied.
     """
 
     name: str
@@ -48,9 +56,18 @@ class ImageDataSet:
     test: LabelledImages
     label_names: tuple[str, ...]
     preprocessing: ImagePreprocessing
+    augmentation: Augmentation = UNVARIED
+
+    @property
+    def input_shape(self) -> ImageShape:
+        """Channels, height and width of the network's input."""
+        return len(self.preprocessing.mode), self.preprocessing.height, self.preprocessing.width
 
     def inputs(self, images: LabelledImages) -> npt.NDArray[np.float32]:
-        """Give the network's input for images of this data set, float32, shape (N, D, H, W)."""
+        """Give the network's input for images of this data set, float32, shape (N, D, H, W).
+
+        That takes four times the memory of the images: for a large set, ask for some `rows` of a split at a time.
+        """
         num_channels = len(self.preprocessing.mode)
         pixels_NHWD = images.pixels_NHW.reshape(*images.pixels_NHW.shape[:3], num_channels)
         mean_D = np.asarray(self.preprocessing.mean, dtype=np.float32)

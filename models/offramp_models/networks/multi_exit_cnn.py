@@ -10,30 +10,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from offramp_models.exits import PooledLinear
+from offramp_models.exits import exit_head
 from offramp_models.networks.image_network import ImageNetwork
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm, added to their input (a 1x1 convolution of it where shapes differ)."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out_channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if in_channels != out_channels or stride != 1:
-            project = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(project, nn.BatchNorm2d(out_channels))
-
-    def forward(self, x_BDHW: torch.Tensor) -> torch.Tensor:
-        """Give the block's feature map; height and width are divided by the stride."""
-        hidden_BDHW = functional.relu(self.norm1(self.conv1(x_BDHW)))
-        return functional.relu(self.shortcut(x_BDHW) + self.norm2(self.conv2(hidden_BDHW)))
+from offramp_models.networks.residual import ResidualBlock
+from offramp_models.shapes import ImageShape
 
 
 class MultiExitCNN(ImageNetwork):
@@ -43,12 +24,12 @@ class MultiExitCNN(ImageNetwork):
     eq. 7), so that their exits are cheap and right on the easy images alone; the last two hold 80 % of the work.
 
     Args:
-        in_channels: 1 for grey images, 3 for colour.
-        image_size: Height and width of the images, in pixels.
+        input_shape: Channels, height and width of the images.
+        num_classes: Classes C.
+        exits: One of `EXITS`.
         widths: Channels of each stage.
         blocks: Residual blocks of each stage.
         strides: By how much each stage shrinks the feature map.
-        num_classes: Classes C.
         upscale: The stem spreads every pixel over this many squared; tiny images need room for the strides to shrink.
 
     Raises:
@@ -57,37 +38,37 @@ class MultiExitCNN(ImageNetwork):
 
     def __init__(
         self,
+        input_shape: ImageShape = (1, 8, 8),
+        num_classes: int = 10,
+        exits: str = "pooled_linear",
         *,
-        in_channels: int = 1,
-        image_size: int = 8,
         widths: Sequence[int] = (20, 32, 48, 96),
         blocks: Sequence[int] = (4, 2, 3, 4),
         strides: Sequence[int] = (1, 1, 1, 2),
-        num_classes: int = 10,
         upscale: int = 2,
     ) -> None:
-        super().__init__()
+        super().__init__(input_shape, num_classes)
         if not len(widths) == len(blocks) == len(strides) or not widths:
             raise ValueError("widths, blocks and strides need one number per stage each")
-        self.input_shape = (in_channels, image_size, image_size)
-        self.stem = _stem(in_channels, widths[0], upscale)
-        self.stages = nn.ModuleList()
-        self.exits = nn.ModuleList()
-        channels, size = widths[0], image_size * upscale
-        for width, num_blocks, stride in zip(widths, blocks, strides, strict=True):
-            if size < stride:
-                raise ValueError(f"images of {image_size} pixels are too small for strides {tuple(strides)}")
-            self.stages.append(_stage(channels, width, num_blocks, stride))
-            self.exits.append(PooledLinear(width, num_classes))
-            channels, size = width, -(-size // stride)
+        self.stem = _stem(input_shape[0], widths[0], upscale)
+        self.stages, self.exits = nn.ModuleList(), nn.ModuleList()
+        channels, (height, width) = widths[0], (size * upscale for size in input_shape[1:])
+        for stage_width, num_blocks, stride in zip(widths, blocks, strides, strict=True):
+            if min(height, width) < stride:
+                raise ValueError(
+                    f"images of {input_shape[1]}x{input_shape[2]} pixels are too small for strides {tuple(strides)}"
+                )
+            self.stages.append(_stage(channels, stage_width, num_blocks, stride))
+            channels, height, width = stage_width, -(-height // stride), -(-width // stride)
+            self.exits.append(exit_head(exits)((channels, height, width), num_classes))
 
     def forward(self, images_BDHW: torch.Tensor) -> list[torch.Tensor]:
         """Give every exit's logits, each float32 of shape (B, C), the earliest first."""
         features_BDHW = self.stem(images_BDHW)
         logits_EBC = []
-        for stage, exit_head in zip(self.stages, self.exits, strict=True):
+        for stage, head in zip(self.stages, self.exits, strict=True):
             features_BDHW = stage(features_BDHW)
-            logits_EBC.append(exit_head(features_BDHW))
+            logits_EBC.append(head(features_BDHW))
         return logits_EBC
 
 

@@ -1,0 +1,31 @@
+"""The block that residual networks are made of.
+
+Shapes: B = batch, D = channels, H, W = height and width.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm, added to their input (a 1x1 convolution of it where shapes differ).
+
+    The basic block of ResNet, https://arxiv.org/abs/1512.03385
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels or stride != 1:
+            project = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(project, nn.BatchNorm2d(out_channels))
+
+    def forward(self, x_BDHW: torch.Tensor) -> torch.Tensor:
+        """Give the block's feature map; height and width are divided by the stride."""
+        hidden_BDHW = functional.relu(self.norm1(self.conv1(x_BDHW)))
+        return functional.relu(self.shortcut(x_BDHW) + self.norm2(self.conv2(hidden_BDHW)))
