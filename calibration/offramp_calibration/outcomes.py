@@ -3,7 +3,7 @@
 Shapes: N = samples, E = exits, C = classes, D = width of a packed decision, M = some of the samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -76,3 +76,13 @@ class Outcomes:
         """Give some of the samples."""
         decision_E = tuple(Decision(decision.packed_BD[rows_M]) for decision in self.decision_E)
         return type(self)(self.label_N[rows_M], decision_E, self.class_NE[rows_M], self.depth_E)
+
+    def without_exits(self, dropped: Collection[int]) -> Self:
+        """Give what the exits that stay decided; their depths are those in the whole network still.
+
+        Args:
+            dropped: Which exits go, 0-based; the final exit cannot.
+        """
+        kept = [index for index in range(self.num_exits) if index not in dropped]
+        decision_E = tuple(self.decision_E[index] for index in kept)
+        return type(self)(self.label_N, decision_E, self.class_NE[:, kept], self.depth_E[kept])

@@ -9,6 +9,7 @@ Shapes: N = samples, E = exits, C = classes.
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -20,12 +21,17 @@ from typing import IO, Any, Final, Self
 
 import numpy as np
 from offramp_contract.errors import BrokenTrace
+from offramp_contract.manifest import Manifest
 from offramp_contract.statistics import FloatArray, IntArray
+
+from offramp_calibration.npz import BROKEN_ZIP, members_of, read_member
 
 TRACE_FORMAT_VERSION: Final = 1
 MAX_ABOUT_BYTES = 2**20
 MAX_SAMPLES = 2**31
 _LOCAL_HEADER_BYTES = 30
+_ROWS_AT_ONCE = 8192
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +62,11 @@ class About:
             if (version := written.pop("format_version")) != TRACE_FORMAT_VERSION:
                 raise BrokenTrace(f"trace format {version!r} is not known here; this Offramp reads 1")
             about = cls(**written | {"depth_E": tuple(float(depth) for depth in written["depth_E"])})
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             raise BrokenTrace("the trace does not say which bundle and data it comes from") from None
+        texts = (about.model, about.model_digest, about.data_digest)
+        if not all(isinstance(text, str) for text in texts) or not all(map(_SHA256.fullmatch, texts[1:])):
+            raise BrokenTrace("the trace does not say which bundle and data it comes from")
         rising = all(a <= b for a, b in zip((0.0, *about.depth_E), (*about.depth_E, 1.0), strict=True))
         if not about.depth_E or not rising:
             raise BrokenTrace("the trace's depths do not rise from 0 to 1")
@@ -94,20 +103,38 @@ class Trace:
         """
         try:
             with zipfile.ZipFile(path) as archive:
-                arrays = {
-                    info.filename.removesuffix(".npy"): _map_member(path, archive, info) for info in archive.infolist()
-                }
-        except (zipfile.BadZipFile, OSError, ValueError):
-            raise BrokenTrace(f"{path.name!r} is not a trace that `record` wrote") from None
-        if "about" not in arrays or "label" not in arrays or arrays["about"].nbytes > MAX_ABOUT_BYTES:
-            raise BrokenTrace(f"{path.name!r} is not a trace: it does not say which bundle it comes from")
-        about = About.from_json(arrays["about"].tobytes())
-        try:
-            logits_ENC = tuple(arrays[f"logits_{index}"] for index in range(len(about.depth_E)))
+                members = members_of(archive)
+                if "about" not in members or members["about"].file_size > MAX_ABOUT_BYTES:
+                    raise BrokenTrace(f"{path.name!r} is not a trace: it does not say which bundle it comes from")
+                about = About.from_json(_map_member(path, archive, members["about"]).tobytes())
+                names = ("label", *(f"logits_{index}" for index in range(len(about.depth_E))))
+                label_N, *logits_ENC = (_map_member(path, archive, members[name]) for name in names)
         except KeyError as missing:
             raise BrokenTrace(f"{path.name!r} holds no {missing.args[0]}") from None
-        _check_shapes(arrays["label"], logits_ENC)
-        return cls(about, arrays["label"], logits_ENC)
+        except BROKEN_ZIP:
+            raise BrokenTrace(f"{path.name!r} is not a trace that `record` wrote") from None
+        _check_shapes(label_N, logits_ENC)
+        return cls(about, label_N, tuple(logits_ENC))
+
+    def check_made_for(self, manifest: Manifest) -> None:
+        """Check that it can have been recorded with a bundle.
+
+        Raises:
+            BrokenTrace: If it was made for another model, or holds what `record` would never have written for this one.
+        """
+        if self.about.model_digest != manifest.model_digest:
+            raise BrokenTrace(
+                f"the trace was recorded with another model than this bundle's, {self.about.model[:64]!r}"
+            )
+        widths = [exit_.num_classes for exit_ in manifest.exits]
+        if [
+            logits_NC.shape[1] for logits_NC in self.logits_ENC
+        ] != widths or self.about.depth_E != manifest.exit_depths:
+            raise BrokenTrace("the trace's exits are not this bundle's")
+        for index, logits_NC in enumerate(self.logits_ENC):
+            starts = range(0, len(self), _ROWS_AT_ONCE)
+            if not all(np.isfinite(logits_NC[start : start + _ROWS_AT_ONCE]).all() for start in starts):
+                raise BrokenTrace(f"the trace's logits_{index} are not all finite")
 
     def write(self, path: Path) -> None:
         """Write it to a file, all at once or not at all."""
@@ -173,24 +200,16 @@ def writing(path: Path) -> Iterator[TraceWriter]:
 
 
 def _map_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    """Map one array of an `.npz` into memory, or read it where it is compressed."""
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in read_header:
-            raise BrokenTrace(f"{path.name!r}: {info.filename} has an array format that is not known here")
-        shape, fortran_order, dtype = read_header[version](member)
-        if dtype.hasobject or fortran_order:
-            raise BrokenTrace(f"{path.name!r}: {info.filename} must be a plain array of numbers")
-        header_bytes = member.tell()
+    """Map one array of an `.npz` into memory."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise BrokenTrace(f"{path.name!r} is compressed; a trace is written as `record` writes it, without compression")
+    member = read_member(archive, info, BrokenTrace)
     with path.open("rb") as file:
         file.seek(info.header_offset)
         local = file.read(_LOCAL_HEADER_BYTES)
         name_length, extra_length = np.frombuffer(local[26:30], "<u2").tolist()
-    offset = info.header_offset + _LOCAL_HEADER_BYTES + name_length + extra_length + header_bytes
-    return np.memmap(path, dtype, "r", offset, shape)
+    offset = info.header_offset + _LOCAL_HEADER_BYTES + name_length + extra_length + member.header_bytes
+    return np.memmap(path, member.dtype, "r", offset, member.shape)
 
 
 def _check_shapes(label_N: np.ndarray, logits_ENC: Sequence[np.ndarray]) -> None:
@@ -199,3 +218,6 @@ def _check_shapes(label_N: np.ndarray, logits_ENC: Sequence[np.ndarray]) -> None
     for index, logits_NC in enumerate(logits_ENC):
         if logits_NC.ndim != 2 or logits_NC.dtype != np.float32 or len(logits_NC) != len(label_N):
             raise BrokenTrace(f"the trace's logits_{index} must be float32, one row a sample")
+    num_classes = min(logits_NC.shape[1] for logits_NC in logits_ENC)
+    if num_classes < 2 or label_N.min() < 0 or label_N.max() >= num_classes:
+        raise BrokenTrace(f"the trace's labels are not all among the {num_classes} classes that its exits tell apart")

@@ -1,4 +1,4 @@
-"""`offramp`: trains, exports, serves, tests under load. A command's module is imported when it is named."""
+"""`offramp`: trains, exports, calibrates, serves, tests under load. A command's module is imported when it is named."""
 
 from importlib import import_module
 
@@ -7,7 +7,7 @@ from typer.core import TyperGroup
 
 from offramp_cli.errors import in_one_sentence
 
-COMMANDS = ("demo", "train", "models", "export", "serve", "loadtest")
+COMMANDS = ("demo", "train", "models", "export", "calibrate", "evaluate", "serve", "loadtest")
 
 
 class LazyCommands(TyperGroup):

@@ -16,18 +16,19 @@ from offramp_cli.digits import NAME, Recipe, digits_bundle
 from offramp_cli.errors import CommandError
 from offramp_cli.figure import draw_trade_off, machine
 from offramp_cli.load import DigitsLoad
-from offramp_cli.measure import THRESHOLDS, Asked, Measured, at_exit, bars, confidence, entropy, patience
+from offramp_cli.measure import THRESHOLDS, Asked, Measured, at_exit, bars, compute, confidence, entropy, patience
 from offramp_cli.server_process import server_process
 
 BUDGET_SHARES = (1.5, 0.5)
 """Latency budgets, as shares of the way from the first exit's latency on an idle server to full depth's."""
+COMPUTE_BUDGETS = (0.3, 0.5, 0.7)
 
 
 def demo(
     *,
     out: Annotated[Path, typer.Option(help="Where weights and bundle are kept for the next run.")] = Path(".demo"),
-    fresh: Annotated[bool, typer.Option(help="Train and export anew even if a bundle is there.")] = False,
-    bundle_only: Annotated[bool, typer.Option(help="Train and export if needed, and stop there.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Train, export and calibrate anew even if a bundle is there.")] = False,
+    bundle_only: Annotated[bool, typer.Option(help="Make the bundle if needed, and stop there.")] = False,
     keep_serving: Annotated[bool, typer.Option(help="Go on serving after the table, until Ctrl-C.")] = False,
     figure: Annotated[
         Path | None, typer.Option(help="Also measure a sweep and draw it: an .svg, .png or .pdf.")
@@ -38,7 +39,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="For weights, data split and arrivals.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to train and to serve with.")] = None,
 ) -> None:
-    """Train a small network on handwritten digits, serve it, and measure policies and latency budgets over HTTP."""
+    """Train a small network on handwritten digits, calibrate and serve it, and measure policies and budgets over HTTP."""
     signal.signal(signal.SIGTERM, _leave)
     out.mkdir(parents=True, exist_ok=True)
     bundle = digits_bundle(out, Recipe(seed, epochs, threads), fresh)
@@ -66,7 +67,7 @@ def _measure_table(load: DigitsLoad) -> list[Measured]:
     wide_ms, tight_ms = (
         round(fastest_ms + share * (slowest_ms - fastest_ms) + margin_ms, 1) for share in BUDGET_SHARES
     )
-    unlimited = [full, first, confidence(0.8), careful, entropy(0.1), patience(1)]
+    unlimited = [full, first, confidence(0.8), careful, entropy(0.1), patience(1), *map(compute, COMPUTE_BUDGETS)]
     limited = [full.within(wide_ms), careful.within(wide_ms), full.within(tight_ms)]
     return _all(load, [*unlimited, *limited], "measuring")
 
@@ -113,7 +114,8 @@ def _explain(measured: Sequence[Measured], url: str, load: DigitsLoad) -> None:
         f"\n{measured[0].num_answered} requests a row, each with one of {len(load.payloads)} test images, "
         f"{load.plan.rate:g} a second (Poisson), on {machine()}.\n"
         "Depth is the share of the full network's FLOPs that an answer took; latency counts from when a request\n"
-        "was due; a forced answer is one that its latency budget cut short.\n\n"
+        "was due; a forced answer is one that its latency budget cut short. `compute ≤` asks for the best answers\n"
+        "within an average depth; the bundle's calibration, on images held out from training, knows the rule.\n\n"
         f"docs     {url}/docs\nmetrics  {url}/metrics\n"
         "         (while it serves: `make serve`, or `offramp demo --keep-serving`)",
         highlight=False,

@@ -15,7 +15,10 @@ EXTRA_OF_MODULE = {
     "torch": "export",
     "onnxscript": "export",
     "sklearn": "export",
-    "matplotlib": "export",
+    "pooch": "export",
+    "matplotlib": "calibrate",
+    "scipy": "calibrate",
+    "jinja2": "calibrate",
     "onnxruntime": "cpu",
     "aiohttp": "loadtest",
 }

@@ -80,6 +80,11 @@ def patience(exits: int) -> Asked:
     return Asked(f"patience {exits}", f"{exits}", (("policy", "patience"), ("patience", str(exits))))
 
 
+def compute(share: float) -> Asked:
+    """Ask for the best answers that an average share of full depth's compute can give."""
+    return Asked(f"compute ≤ {share:g}", f"{share:g}", (("compute", f"{share:g}"),))
+
+
 def bars(counts: Sequence[int]) -> str:
     """Draw a histogram, a block character per bin and the percentages: `▂▃▁▁ 30/43/18/9`."""
     total = sum(counts) or 1

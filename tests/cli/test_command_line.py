@@ -64,6 +64,8 @@ def test_an_unknown_command_is_a_usage_error(offramp):
         ("torch", ["export", "multi_exit_cnn", "--data", "digits", "--out", "b"], "offramp[export]"),
         ("sklearn", ["train", "--out", "w.pt"], "offramp[export]"),
         ("onnxruntime", ["serve", "b"], "offramp[cpu]"),
+        ("onnxruntime", ["calibrate", "b", "--data", "digits"], "offramp[cpu]"),
+        ("scipy", ["calibrate", "b", "--data", "digits"], "offramp[calibrate]"),
     ],
 )
 def test_a_missing_extra_is_named_in_one_sentence(tmp_path, monkeypatch, package, arguments, extra):

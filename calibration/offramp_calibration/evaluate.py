@@ -1,0 +1,198 @@
+"""Measures a bundle on a trace; the same trace, bundle and times give the same record.
+
+Shapes: N = samples, E = exits.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+from offramp_contract.budgets import within_compute
+from offramp_contract.calibration import Calibration, OperatingPoint
+from offramp_contract.errors import CalibrationError, InvalidValue
+from offramp_contract.manifest import Manifest
+from offramp_contract.policy_spec import ConfidenceSpec, FixedSpec, PolicySpec
+from offramp_contract.statistics import FloatArray
+
+from offramp_calibration.cautions import cautions_of
+from offramp_calibration.curves import Curve, anytime_auc, common_start
+from offramp_calibration.evaluation import CostView, Evaluation, Provenance
+from offramp_calibration.examples import pick_examples
+from offramp_calibration.exit_quality import exit_results
+from offramp_calibration.measured import MeasuredPoint, budget_results, chosen_by_budgets, curve_of, summarise
+from offramp_calibration.oracles import agreement_oracle, label_oracle, label_oracle_curve
+from offramp_calibration.outcomes import Outcomes
+from offramp_calibration.overthinking import Overthinking
+from offramp_calibration.promises import certificate_counts, promise_results
+from offramp_calibration.replay import Replayed, replay
+from offramp_calibration.sweep import confidence_thresholds
+from offramp_calibration.trace import Trace
+
+NUM_SWEPT: Final = 100
+REFERENCE_BUDGET: Final = 0.5
+LABEL_ORACLE, AGREEMENT_ORACLE, ANY_POLICY, SAME_EXIT = "label oracle", "agreement oracle", "any policy", "same exit"
+DEFAULT_POLICY = "default policy"
+STATIC_FAMILY = "fixed"
+_NUMBERS = re.compile(r"([-._]?\d+)+$")
+
+
+def evaluate(
+    trace: Trace,
+    manifest: Manifest,
+    calibration: Calibration,
+    provenance: Provenance,
+    *,
+    milliseconds: Sequence[float] | None = None,
+    reference: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure a bundle on a trace.
+
+    Args:
+        trace: What every exit said about every sample.
+        manifest: The bundle's.
+        calibration: The bundle's.
+        provenance: For the record.
+        milliseconds: Time until each exit's answer at batch 1 on this machine, if known.
+        reference: Name of the operating point that exits and examples are shown under; None: what a compute budget
+            of one half chooses, or the bundle's default policy if it has no points.
+        progress: Is told how many points of how many have been replayed.
+
+    Raises:
+        CalibrationError: If no operating point has that name.
+        BrokenTrace: If the trace is not one of this bundle.
+    """
+    trace.check_made_for(manifest)
+    outcomes = Outcomes.of(trace, calibration.temperatures)
+    chosen, replayed = _reference(reference, manifest, calibration.operating_points, outcomes, milliseconds)
+    points = _points(calibration.operating_points, outcomes, milliseconds, progress)
+    by_name = {point.name: point for point in points}
+    exit_names = [exit_.name for exit_ in manifest.exits]
+    static = tuple(
+        MeasuredPoint.of(name, SAME_EXIT, replay(FixedSpec(exit=index), outcomes), milliseconds)
+        for index, name in enumerate(exit_names)
+    )
+    budgets = budget_results(calibration.operating_points, points)
+    return Evaluation(
+        model=manifest.name,
+        num_samples=len(trace),
+        num_classes=manifest.exits[-1].num_classes,
+        cautions=cautions_of(
+            outcomes,
+            manifest,
+            calibration,
+            data_digest=trace.about.data_digest,
+            full_accuracy=static[-1].accuracy,
+            budgets=budgets,
+        ),
+        exits=exit_results(trace, calibration.temperatures, exit_names, milliseconds, replayed),
+        static=static,
+        label_oracle=MeasuredPoint.of(LABEL_ORACLE, LABEL_ORACLE, label_oracle(outcomes), milliseconds),
+        agreement_oracle=MeasuredPoint.of(AGREEMENT_ORACLE, AGREEMENT_ORACLE, agreement_oracle(outcomes), milliseconds),
+        points=points,
+        chosen=tuple(chosen_by_budgets(calibration.operating_points)),
+        budgets=budgets,
+        compute=_cost_view(outcomes, points, static, None),
+        milliseconds=None if milliseconds is None else _cost_view(outcomes, points, static, np.array(milliseconds)),
+        overthinking=Overthinking.of(outcomes),
+        reference=chosen,
+        promises=promise_results(calibration.operating_points, by_name),
+        certificates=certificate_counts(calibration.operating_points, by_name),
+        examples=pick_examples(replayed, manifest.labels),
+        provenance=provenance,
+    )
+
+
+def _reference(
+    name: str | None,
+    manifest: Manifest,
+    points: Sequence[OperatingPoint],
+    outcomes: Outcomes,
+    milliseconds: Sequence[float] | None,
+) -> tuple[MeasuredPoint, Replayed]:
+    point = _named(name, points) if name is not None else _middle(points)
+    policy = manifest.default_policy if point is None else point.policy
+    replayed = replay(policy, outcomes)
+    called, family = (DEFAULT_POLICY, policy.kind) if point is None else (point.name, _family(point))
+    return MeasuredPoint.of(called, family, replayed, milliseconds, policy=policy, expected=point), replayed
+
+
+def _named(name: str, points: Sequence[OperatingPoint]) -> OperatingPoint:
+    for point in points:
+        if point.name == name:
+            return point
+    some = ", ".join(point.name for point in points[:5]) or "it has none: calibrate it with `offramp calibrate`"
+    raise CalibrationError(f"point: this bundle has no operating point {name!r}; it has, among others, {some}")
+
+
+def _middle(points: Sequence[OperatingPoint]) -> OperatingPoint | None:
+    try:
+        return within_compute(points, REFERENCE_BUDGET)
+    except InvalidValue:
+        return min(points, key=lambda point: point.compute, default=None)
+
+
+def _points(
+    points: Sequence[OperatingPoint],
+    outcomes: Outcomes,
+    milliseconds: Sequence[float] | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[MeasuredPoint, ...]:
+    """Replay the operating points, or a sweep of confidence thresholds where there are none."""
+    settings: list[tuple[str, str, PolicySpec, OperatingPoint | None]] = [
+        (point.name, _family(point), point.policy, point) for point in points
+    ]
+    if not points and outcomes.num_exits > 1:
+        thresholds = confidence_thresholds(outcomes, NUM_SWEPT)
+        settings = [
+            (f"confidence-{index:03d}", "confidence", ConfidenceSpec(threshold=threshold), None)
+            for index, threshold in enumerate(thresholds)
+        ]
+    measured = []
+    for name, family, policy, expected in settings:
+        replayed = replay(policy, outcomes)
+        measured.append(MeasuredPoint.of(name, family, replayed, milliseconds, policy=policy, expected=expected))
+        if progress is not None:
+            progress(len(measured), len(settings))
+    return tuple(measured)
+
+
+def _family(point: OperatingPoint) -> str:
+    """Give how a point was found: its name without the numbers behind it, or else its policy's kind."""
+    return _NUMBERS.sub("", point.name) or point.policy.kind
+
+
+def _cost_view(
+    outcomes: Outcomes,
+    points: Sequence[MeasuredPoint],
+    static: Sequence[MeasuredPoint],
+    milliseconds_E: FloatArray | None,
+) -> CostView:
+    """Read every curve in one kind of cost: the share of full FLOPs, or milliseconds where they are given."""
+    cost, cost_E = ("compute", outcomes.depth_E) if milliseconds_E is None else ("milliseconds", milliseconds_E)
+    full, accuracy_E = float(cost_E[-1]), np.array([point.accuracy.value for point in static])
+    families = dict.fromkeys(point.family for point in points if point.family != STATIC_FAMILY)
+    curves: dict[str, Curve] = {LABEL_ORACLE: label_oracle_curve(replace(outcomes, depth_E=cost_E))}
+    if points:
+        curves[ANY_POLICY] = curve_of(points, cost)
+    curves |= {family: curve_of([point for point in points if point.family == family], cost) for family in families}
+    curves[SAME_EXIT] = curve_of(static, cost)
+    start = common_start(curves.values())
+    return CostView(
+        full=full,
+        anytime_auc=anytime_auc(cost_E, accuracy_E),
+        start=start,
+        curves=tuple(
+            summarise(
+                name,
+                curve,
+                curves[LABEL_ORACLE],
+                full_cost=full,
+                full_accuracy=float(accuracy_E[-1]),
+                start=start,
+            )
+            for name, curve in curves.items()
+        ),
+    )

@@ -1,0 +1,71 @@
+"""Settings of policies with what came of them, and the best of them.
+
+Shapes: E = exits.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from offramp_contract.calibration import Certificate
+from offramp_contract.policy_spec import PolicySpec
+
+from offramp_calibration.outcomes import Outcomes
+from offramp_calibration.replay import replay
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A setting that may become an operating point.
+
+    Attributes:
+        family: How it was found; the first part of its name.
+        compute: Average share of the full path's FLOPs.
+        accuracy: Share of right answers.
+        exit_rates_E: Share of samples that left at each exit.
+    """
+
+    family: str
+    policy: PolicySpec
+    compute: float
+    accuracy: float
+    exit_rates_E: tuple[float, ...]
+    certificates: tuple[Certificate, ...] = ()
+
+    @classmethod
+    def measure(
+        cls, family: str, policy: PolicySpec, outcomes: Outcomes, certificates: tuple[Certificate, ...] = ()
+    ) -> Self:
+        """Replay a policy."""
+        replayed = replay(policy, outcomes)
+        exit_rates_E = tuple(replayed.exit_rates_E.tolist())
+        return cls(family, policy, replayed.compute, replayed.accuracy, exit_rates_E, certificates)
+
+
+def pareto_front(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Keep those that no other beats: none is as cheap and more accurate, or as accurate and cheaper.
+
+    Returns:
+        The cheapest first; of equal ones the first given.
+    """
+    front: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (c.compute, -c.accuracy)):
+        if not front or candidate.accuracy > front[-1].accuracy:
+            front.append(candidate)
+    return front
+
+
+def thin(candidates: Sequence[Candidate], most: int) -> list[Candidate]:
+    """Keep at most so many, spread evenly over their compute; the cheapest and the dearest stay.
+
+    Args:
+        candidates: The cheapest first.
+        most: At least 2.
+    """
+    if len(candidates) <= most:
+        return list(candidates)
+    computes = np.array([candidate.compute for candidate in candidates])
+    wanted = np.linspace(computes[0], computes[-1], most)
+    kept = np.unique(np.searchsorted(computes, wanted))
+    return [candidates[index] for index in kept]

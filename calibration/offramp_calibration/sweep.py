@@ -1,0 +1,103 @@
+"""The settings of every policy that are worth a look, with thresholds that come from the data.
+
+Shapes: N = samples, K = exits that decide (all but the last), L = levels.
+"""
+
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import Final
+
+import numpy as np
+from offramp_contract.policy_spec import (
+    AgreementSpec,
+    AllOfSpec,
+    AnyOfSpec,
+    ConfidenceSpec,
+    EntropySpec,
+    FixedSpec,
+    MarginSpec,
+    PatienceSpec,
+    PolicySpec,
+)
+from offramp_contract.statistics import Decision, FloatArray
+
+from offramp_calibration.outcomes import Outcomes
+from offramp_calibration.thresholds import ALWAYS, NEVER, as_certain, confidence_of, cuts_between
+
+# Statistics are float32: below these, what is left of an entropy, or of 1 - margin, is rounding noise.
+LEAST_ENTROPY: Final = 1e-5
+LEAST_MARGIN_GAP: Final = 1e-4
+MAX_STATIC_EXITS: Final = 256
+
+
+def sweeps(outcomes: Outcomes, num_settings: int) -> dict[str, list[PolicySpec]]:
+    """Give the settings to try, by family.
+
+    Args:
+        outcomes: What the exits decided; its scores say where thresholds make a difference.
+        num_settings: About how many a family may have. `fixed` has every exit but the final one, which the walk that
+            certificates are made along begins with; of more than `MAX_STATIC_EXITS`, as many, evenly spread.
+    """
+    last = outcomes.num_exits - 1
+    if last == 0:
+        return {}
+    confidences = confidence_thresholds(outcomes, num_settings)
+    patiences = _spread(1, last, num_settings)
+    families: dict[str, Iterable[PolicySpec]] = {
+        "fixed": (FixedSpec(exit=index) for index in _spread(0, last - 1, MAX_STATIC_EXITS)),
+        "confidence": (ConfidenceSpec(threshold=threshold) for threshold in confidences),
+        "entropy": (EntropySpec(threshold=threshold) for threshold in _entropies(outcomes, num_settings)),
+        "margin": (MarginSpec(threshold=threshold) for threshold in _margins(outcomes, num_settings)),
+        "agreement": (AgreementSpec(threshold=share) for share in _agreements(last, num_settings)),
+        "patience": (PatienceSpec(patience=patience) for patience in patiences),
+        **_combinations(outcomes, patiences, num_settings),
+    }
+    return {family: list(specs) for family, specs in families.items()}
+
+
+def confidence_thresholds(outcomes: Outcomes, most: int) -> list[float]:
+    """Give scalar confidence thresholds from `ALWAYS` to `NEVER`, evenly spread over the log-odds that occur."""
+    cuts = _cuts(outcomes, lambda decision: as_certain(decision.log_odds_B), most - 2)
+    return [ALWAYS, *map(confidence_of, cuts), NEVER]
+
+
+def _entropies(outcomes: Outcomes, most: int) -> list[float]:
+    cuts = _cuts(outcomes, lambda decision: np.maximum(decision.entropy_B, LEAST_ENTROPY), most - 1)
+    return [*np.clip(cuts, 0.0, 1.0).tolist(), 1.0]
+
+
+def _margins(outcomes: Outcomes, most: int) -> list[float]:
+    cuts = _cuts(outcomes, lambda decision: np.minimum(decision.margin_B, 1 - LEAST_MARGIN_GAP), most - 1)
+    return [0.0, *np.clip(cuts, 0.0, 1.0).tolist()]
+
+
+def _agreements(most_votes: int, most: int) -> list[float]:
+    """Give the shares of agreeing votes that a number of exits can show: a/b for at most `most_votes` votes."""
+    some_votes = _spread(1, most_votes, 64)
+    shares = sorted({agreeing / votes for votes in some_votes for agreeing in range(1, votes + 1)})
+    return [shares[index] for index in _spread(0, len(shares) - 1, most)]
+
+
+def _combinations(outcomes: Outcomes, patiences: list[int], num_settings: int) -> dict[str, list[PolicySpec]]:
+    """Pair patiences with confidences: both must agree to leave, or either may."""
+    some = [patiences[index] for index in _spread(0, len(patiences) - 1, 16)]
+    confidences = confidence_thresholds(outcomes, max(8, num_settings // len(some)))[1:-1]
+    pairs = [
+        (PatienceSpec(patience=patience), ConfidenceSpec(threshold=threshold))
+        for patience, threshold in product(some, confidences)
+    ]
+    return {
+        "patience-and-confidence": [AllOfSpec(of=pair) for pair in pairs],
+        "patience-or-confidence": [AnyOfSpec(of=pair) for pair in pairs],
+    }
+
+
+def _cuts(outcomes: Outcomes, score_of: Callable[[Decision], FloatArray], most: int) -> FloatArray:
+    """Cut a statistic of all exits that decide at evenly spread quantiles."""
+    scores = np.concatenate([score_of(decision) for decision in outcomes.decision_E[:-1]])
+    return cuts_between(scores, np.linspace(0, 1, most))
+
+
+def _spread(first: int, last: int, most: int) -> list[int]:
+    """Give at most so many whole numbers from first to last, both included, evenly spread."""
+    return sorted({round(value) for value in np.linspace(first, last, min(most, last - first + 1)).tolist()})

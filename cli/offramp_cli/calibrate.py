@@ -1,0 +1,181 @@
+"""`offramp calibrate`: held-out data in, temperatures, operating points and certificates into the bundle."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from rich.table import Table
+
+from offramp_cli.console import progress, stderr, stdout
+from offramp_cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from offramp_calibration.trace import Trace
+    from offramp_contract.calibration import Calibration, OperatingPoint
+    from offramp_contract.manifest import Manifest
+
+Chosen = TypeVar("Chosen")
+
+BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+RISKS = (0.01, 0.02, 0.05)
+DELTA = 0.05
+"""The probability at which certificates are shown."""
+
+
+def calibrate(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder; with --out also a .zip of one.")],
+    *,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Labelled data that the network has not learnt from: an .npz with x and y; a folder with a sub-folder "
+            "of images for each class; a .csv with the columns text and label; or a data set of `offramp models`, of "
+            "which the calibration split is taken."
+        ),
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where data sets lie; see `offramp models`.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Keep what every exit said in this .npz, and use it instead if it is there.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the calibrated bundle to this new folder; unset: into the bundle's own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which samples fit and which certify.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples that run together.")] = 256,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; unset: one per core.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    allow_missing_classes: Annotated[
+        bool, typer.Option("--allow-missing-classes", help="Accept data that lacks some of the classes.")
+    ] = False,
+) -> None:
+    """Run a bundle on held-out data and write into it what serves which budget, and with which guarantee.
+
+    A server that watches the bundle takes its calibration up by itself.
+    """
+    from offramp_calibration.write import write_bundle, write_calibration
+    from offramp_runtime import open_bundle
+
+    from offramp_cli.labelled_data import open_data
+    from offramp_cli.recording import Recording, traced
+
+    _check_target(bundle, out)
+    opened = open_bundle(bundle)
+    labelled = None if data is None else open_data(data, opened, "calibration", data_dir)
+    if labelled is not None and labelled.remark:
+        stderr.print(labelled.remark, highlight=False, markup=False, soft_wrap=True)
+    recording = Recording(trace, batch_size, device, threads, allow_missing_classes)
+    with traced(opened, None if labelled is None else labelled.data, recording) as recorded:
+        calibration = _calibrated(recorded, seed)
+        path = write_calibration(calibration, bundle) if out is None else write_bundle(opened, calibration, out)
+        report(calibration, recorded, opened.manifest)
+    stdout.print(f"\ncalibration: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _calibrated(trace: "Trace", seed: int) -> "Calibration":
+    """Calibrate with a progress bar that names what is under way."""
+    from offramp_calibration.calibrate import CalibrationSettings
+    from offramp_calibration.calibrate import calibrate as calibrate_trace
+
+    with progress() as display:
+        task = display.add_task("calibrating", total=None, note="")
+
+        def show(stage: str, done: int, total: int) -> None:
+            display.update(task, completed=done, total=total, note=stage)
+
+        calibration = calibrate_trace(trace, CalibrationSettings(seed=seed), show)
+        display.update(task, note="")
+    return calibration
+
+
+def report(calibration: "Calibration", trace: "Trace", manifest: "Manifest") -> None:
+    """Print what a calibration says: of the exits, of compute budgets, and what is certified."""
+    stdout.print(_exits(calibration, trace, manifest))
+    stdout.print()
+    stdout.print(_budgets(calibration.operating_points))
+    stdout.print()
+    stdout.print(_certified(calibration.operating_points))
+    stdout.print(
+        f"\n{len(calibration.operating_points)} operating points from {calibration.num_samples:,} samples, for model "
+        f"{manifest.name} {manifest.model_digest[:12]}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _check_target(bundle: Path, out: Path | None) -> None:
+    if out is None and not bundle.is_dir() and bundle.exists():
+        raise CommandError(
+            f"{bundle} is not a folder, and only a folder is calibrated in place; name a new one with --out"
+        )
+    if out is not None and out.exists():
+        raise CommandError(f"{out} exists; name a new folder with --out")
+
+
+def _exits(calibration: "Calibration", trace: "Trace", manifest: "Manifest") -> Table:
+    table = _table("exit", "depth", "accuracy", "temperature")
+    rows = zip(manifest.exits, manifest.exit_depths, trace.logits_ENC, calibration.temperatures, strict=True)
+    for exit_, depth, logits_NC, temperature in rows:
+        accuracy = float((logits_NC.argmax(axis=1) == trace.label_N).mean())
+        table.add_row(exit_.name, f"{depth:.1%}", f"{accuracy:.1%}", f"{temperature:.3f}")
+    return table
+
+
+def _budgets(points: Sequence["OperatingPoint"]) -> Table:
+    """Say what serves each compute budget."""
+    from offramp_contract.budgets import within_compute
+
+    table = _table("compute", "is served by", "average compute", "accuracy", "exits, %")
+    for budget in BUDGETS:
+        point = _chosen(partial(within_compute, points, budget))
+        if point is None:
+            table.add_row(f"{budget:g}", "-", "-", "-", "-")
+            continue
+        rates = "/".join(f"{100 * rate:.0f}" for rate in point.exit_rates)
+        table.add_row(f"{budget:g}", point.name, *_shares(point), rates)
+    return table
+
+
+def _certified(points: Sequence["OperatingPoint"]) -> Table:
+    """Say what the certified budgets that people ask for most cost, and how far the certificates go."""
+    from offramp_contract.budgets import certified_accuracy, certified_risk
+
+    table = _table(f"certified at delta {DELTA:g}", "is served by", "average compute", "accuracy", "promised")
+    for risk in RISKS:
+        promise = _chosen(partial(certified_risk, points, risk, DELTA))
+        asked = f"risk {risk:g}"
+        if promise is None:
+            table.add_row(asked, "- (more data certifies more)", "-", "-", "-")
+        else:
+            promised = f"differs in ≤ {promise.certificate.bound:.1%}"
+            table.add_row(asked, promise.point.name, *_shares(promise.point), promised)
+    bounds = [point.certificate("accuracy", DELTA) for point in points]
+    reachable = math.floor(1000 * max((bound.bound for bound in bounds if bound is not None), default=0.0)) / 1000
+    promise = _chosen(partial(certified_accuracy, points, reachable))
+    if promise is not None:
+        promised = f"right in ≥ {promise.certificate.bound:.1%}"
+        table.add_row(f"accuracy {reachable:g} (most)", promise.point.name, *_shares(promise.point), promised)
+    return table
+
+
+def _shares(point: "OperatingPoint") -> tuple[str, str]:
+    return f"{point.compute:.1%}", f"{point.accuracy:.1%}"
+
+
+def _chosen(choose: Callable[[], Chosen]) -> Chosen | None:
+    """Give what a budget chooses, or None if nothing reaches it."""
+    from offramp_contract.errors import InvalidValue
+
+    try:
+        return choose()
+    except InvalidValue:
+        return None
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(first, box=None, pad_edge=False)
+    for heading in others:
+        table.add_column(heading, justify="left" if heading in ("is served by", "promised") else "right")
+    return table
