@@ -16,7 +16,7 @@ from offramp_cli.digits import Recipe, is_made_by
 from offramp_runtime import open_bundle
 
 COLUMNS = ("policy", "budget", "accuracy", "average depth", "compute saved", "p50 ms", "p99 ms", "exits, %", "forced")
-SMALL = ("--epochs", "1", "--images", "60", "--rate", "100", "--threads", "1")
+SMALL = ("--epochs", "2", "--images", "60", "--rate", "100", "--threads", "1")
 
 
 def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -46,7 +46,9 @@ def second(folder, first):
 
 def rows_of(table: str) -> list[str]:
     return [
-        line for line in table.splitlines() if re.match(r"(full depth|first exit|confidence|entropy|patience)", line)
+        line
+        for line in table.splitlines()
+        if re.match(r"(full depth|first exit|confidence|entropy|patience|compute ≤)", line)
     ]
 
 
@@ -60,12 +62,23 @@ def test_the_table_has_its_columns_and_fits_a_terminal(first):
 
 def test_the_table_shows_policies_and_budgets(first):
     rows = rows_of(first.stdout)
-    assert len(rows) == 9
+    assert len(rows) == 12
     assert sum(" ms " in row for row in rows) == 3
     full, first_exit = rows[0], rows[1]
     assert "···█ 0/0/0/100" in full
     assert "█··· 100/0/0/0" in first_exit
     assert re.search(r"100% +0%", full)
+
+
+def test_the_bundle_is_calibrated_and_compute_budgets_are_kept(folder, first):
+    calibration = open_bundle(folder / "digits").calibration
+    assert calibration.num_samples == 400
+    assert len(calibration.operating_points) > 20
+    asked_and_taken = [re.search(r"compute ≤ ([\d.]+).*?% +(\d+)% +\d+%", row) for row in rows_of(first.stdout)[6:9]]
+    for found in asked_and_taken:
+        assert found is not None
+        asked, taken = float(found[1]), int(found[2]) / 100
+        assert 0 < taken <= asked + 0.1  # 60 images
 
 
 def test_it_says_where_docs_and_metrics_are(first):
@@ -88,7 +101,7 @@ def test_the_bundle_stays_and_knows_how_it_was_made(folder, first):
     manifest = open_bundle(folder / "digits").manifest
     assert manifest.name == "digits"
     assert manifest.labels == tuple("0123456789")
-    assert manifest.provenance.training["settings"]["epochs"] == 1
+    assert manifest.provenance.training["settings"]["epochs"] == 2
 
 
 def test_the_figure_is_a_picture_that_names_its_machine_seed_and_command(folder, first):
@@ -101,7 +114,22 @@ def test_the_figure_is_a_picture_that_names_its_machine_seed_and_command(folder,
 def test_the_second_run_trains_nothing_and_serves_the_same_bundle(first, second):
     assert "training on digits" not in second.stderr
     assert "using the bundle" in second.stderr
-    assert len(rows_of(second.stdout)) == 9
+    assert len(rows_of(second.stdout)) == 12
+
+
+def test_a_bundle_is_used_again_only_if_it_is_sound_calibrated_and_made_by_the_same_recipe(folder, second, tmp_path):
+    made = Recipe(epochs=2)
+    assert is_made_by(made, folder / "digits")
+    assert not is_made_by(Recipe(epochs=2, seed=1), folder / "digits")
+    assert not is_made_by(Recipe(epochs=3), folder / "digits")
+    assert not is_made_by(made, tmp_path)
+    bundle = tmp_path / "digits"
+    shutil.copytree(folder / "digits", bundle)
+    (bundle / "calibration.json").unlink()
+    assert not is_made_by(made, bundle)
+    shutil.copy(folder / "digits" / "calibration.json", bundle)
+    (bundle / "stages" / "01.onnx").write_bytes(b"")
+    assert not is_made_by(made, bundle)
 
 
 def test_keep_serving_serves_until_it_is_interrupted_and_then_leaves_nothing_running(folder, second):
@@ -132,19 +160,8 @@ def test_a_demo_that_is_told_to_stop_takes_its_server_with_it(folder, second):
 
 def test_another_recipe_makes_another_bundle_and_bundle_only_serves_nothing(folder, second):
     before = open_bundle(folder / "digits").manifest.model_digest
-    done = demo(folder, "--epochs", "1", "--seed", "1", "--threads", "1", "--bundle-only")
+    done = demo(folder, "--epochs", "2", "--seed", "1", "--threads", "1", "--bundle-only")
     assert done.returncode == 0, done.stderr
     assert "training on digits" in done.stderr
     assert not rows_of(done.stdout)
     assert open_bundle(folder / "digits").manifest.model_digest != before
-
-
-def test_a_bundle_is_used_again_only_if_it_is_sound_and_made_by_the_same_recipe(trained, tmp_path):
-    made = Recipe(epochs=4)
-    assert is_made_by(made, trained.bundle)
-    assert not is_made_by(Recipe(epochs=4, seed=1), trained.bundle)
-    assert not is_made_by(Recipe(epochs=5), trained.bundle)
-    assert not is_made_by(made, tmp_path)
-    shutil.copytree(trained.bundle, tmp_path / "broken")
-    (tmp_path / "broken" / "stages" / "01.onnx").write_bytes(b"")
-    assert not is_made_by(made, tmp_path / "broken")
