@@ -22,6 +22,7 @@ import numpy as np
 import typer
 from offramp_calibration import Outcomes, Replayed, Trace, replay
 from offramp_calibration.labelled import LabelledData
+from offramp_calibration.measured import BUDGETS
 from offramp_cli.figure import machine
 from offramp_cli.labelled_data import open_data
 from offramp_cli.recording import Recording, traced
@@ -32,7 +33,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 RISKS = (0.01, 0.02, 0.05)
 DELTA = 0.05
 ROWS = 100

@@ -26,7 +26,7 @@ from offramp_calibration.trace import Trace
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the name of what is being done, how much of it is done, and of how much."""
 
-LEAST_SAMPLES: Final = 2
+LEAST_TO_SPLIT: Final = 2
 MAX_SETTINGS: Final = 400
 """Of each kind; together they stay below what a calibration may hold."""
 
@@ -98,8 +98,8 @@ def split(num_samples: int, settings: CalibrationSettings) -> tuple[IntArray, In
     Raises:
         UnfitData: If there are too few for both.
     """
-    if num_samples < LEAST_SAMPLES:
-        raise UnfitData(f"calibration takes at least {LEAST_SAMPLES} samples, and far more to promise anything")
+    if num_samples < LEAST_TO_SPLIT:
+        raise UnfitData(f"calibration takes at least {LEAST_TO_SPLIT} samples, and far more to promise anything")
     order = np.random.default_rng(settings.seed).permutation(num_samples)
     num_fitting = min(max(1, round(num_samples * settings.fitting_share)), num_samples - 1)
     return order[:num_fitting], order[num_fitting:]

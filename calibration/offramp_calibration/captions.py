@@ -94,9 +94,11 @@ def promise_words(promise: PromiseResult) -> str:
 
 
 def verdict(promise: PromiseResult) -> str:
-    """Say what came of it."""
+    """Say what came of it; one data set cannot refute what is promised on average only."""
     if promise.held:
         return "held"
+    if promise.delta is None:
+        return "exceeded here"
     return "missed, within noise" if promise.within_noise else "missed"
 
 

@@ -105,6 +105,21 @@ def evaluate(
     )
 
 
+def named_point(name: str, points: Sequence[OperatingPoint]) -> OperatingPoint:
+    """Find an operating point.
+
+    Raises:
+        CalibrationError: If there is none of that name.
+    """
+    for point in points:
+        if point.name == name:
+            return point
+    has = f"it has, among others, {', '.join(point.name for point in points[:5])}"
+    if not points:
+        has = "it has none; calibrate it with `offramp calibrate`"
+    raise CalibrationError(f"point: this bundle has no operating point {name!r}; {has}")
+
+
 def _reference(
     name: str | None,
     manifest: Manifest,
@@ -112,19 +127,11 @@ def _reference(
     outcomes: Outcomes,
     milliseconds: Sequence[float] | None,
 ) -> tuple[MeasuredPoint, Replayed]:
-    point = _named(name, points) if name is not None else _middle(points)
+    point = named_point(name, points) if name is not None else _middle(points)
     policy = manifest.default_policy if point is None else point.policy
     replayed = replay(policy, outcomes)
     called, family = (DEFAULT_POLICY, policy.kind) if point is None else (point.name, _family(point))
     return MeasuredPoint.of(called, family, replayed, milliseconds, policy=policy, expected=point), replayed
-
-
-def _named(name: str, points: Sequence[OperatingPoint]) -> OperatingPoint:
-    for point in points:
-        if point.name == name:
-            return point
-    some = ", ".join(point.name for point in points[:5]) or "it has none: calibrate it with `offramp calibrate`"
-    raise CalibrationError(f"point: this bundle has no operating point {name!r}; it has, among others, {some}")
 
 
 def _middle(points: Sequence[OperatingPoint]) -> OperatingPoint | None:

@@ -1,7 +1,7 @@
 """How long stages take on this machine, measured through the executor that serves.
 
-Bundles that are to be compared run in turn, round by round, so that what else the machine does hits all alike; a
-comparison takes the median over the rounds of what differed within each.
+Bundles that are to be compared run in turn, round by round, to and fro, so that what else the machine does hits all
+alike; a comparison takes the median over the rounds of what differed within each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,8 +66,9 @@ def time_stages(
         raise CalibrationError(f"timing needs 1 to {_MAX_ROUNDS} rounds and at least one row")
     executors = [StageExecutor(bundle, device) for bundle in bundles]
     ms_BRK: list[list[list[float]]] = [[] for _ in bundles]
+    turns = list(zip(executors, ms_BRK, strict=True))
     for index in range(_WARM_UP_ROUNDS + rounds):
-        for executor, ms_RK in zip(executors, ms_BRK, strict=True):
+        for executor, ms_RK in turns if index % 2 else reversed(turns):
             ms_K = _time_once(executor, inputs)
             if index >= _WARM_UP_ROUNDS:
                 ms_RK.append(ms_K)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Chosen = TypeVar("Chosen")
 
-BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 RISKS = (0.01, 0.02, 0.05)
 DELTA = 0.05
 """The probability at which certificates are shown."""
@@ -125,6 +124,7 @@ def _exits(calibration: "Calibration", trace: "Trace", manifest: "Manifest") -> 
 
 def _budgets(points: Sequence["OperatingPoint"]) -> Table:
     """Say what serves each compute budget."""
+    from offramp_calibration.measured import BUDGETS
     from offramp_contract.budgets import within_compute
 
     table = _table("compute", "is served by", "average compute", "accuracy", "exits, %")

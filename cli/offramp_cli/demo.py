@@ -39,7 +39,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="For weights, data split and arrivals.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to train and to serve with.")] = None,
 ) -> None:
-    """Train a small network on handwritten digits, calibrate and serve it, and measure policies and budgets over HTTP."""
+    """Train a small network on handwritten digits, calibrate and serve it, and measure policies and budgets."""
     signal.signal(signal.SIGTERM, _leave)
     out.mkdir(parents=True, exist_ok=True)
     bundle = digits_bundle(out, Recipe(seed, epochs, threads), fresh)

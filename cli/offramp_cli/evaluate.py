@@ -61,6 +61,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure a bundle on labelled data, and write a report: accuracy against compute, exits, budgets, certificates."""
+    from offramp_calibration.evaluate import named_point
     from offramp_calibration.report import write_report
     from offramp_runtime import open_bundle, open_device
 
@@ -69,6 +70,8 @@ def evaluate(
 
     _check_targets(out, merge, timing=timing)
     opened = open_bundle(bundle)
+    if point is not None:
+        named_point(point, opened.calibration.operating_points)
     labelled = None if data is None else open_data(data, opened, "test", data_dir)
     if labelled is not None and labelled.remark:
         stderr.print(labelled.remark, highlight=False, markup=False, soft_wrap=True)

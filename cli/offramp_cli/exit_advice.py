@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from offramp_runtime import Bundle, Device
 
 _WITHOUT_TORCH = "what the exits' heads cost is not known: "
+_NO_FASTER = (
+    "merging the exits with that verdict, tried and timed, was no faster than the bundle as it is, so none is advised; "
+    "the machine may have been too busy to tell"
+)
 
 
 def advise_exits(
@@ -60,6 +64,8 @@ def advise_exits(
     if advice.merge:
         now, merged = _measured(bundle, outcomes, advice, device, inputs)
         advice = replace(advice, now=now, merged=merged)
+        if merged.ms >= now.ms:
+            advice, note = replace(advice, merge=(), merged=None), _NO_FASTER
     return replace(advice, note=note)
 
 

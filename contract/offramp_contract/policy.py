@@ -114,14 +114,15 @@ class _Threshold(Policy):
 class Confidence(_Threshold):
     """Leave when `p_max >= threshold` (BranchyNet, SDN, MSDNet; the plain reading of survey eq. 12).
 
-    Both sides are compared as log-odds: a third of easy samples have a p_max that rounds to 1.
+    Both sides are compared as log-odds: a third of easy samples have a p_max that rounds to 1. No softmax of finite
+    scores reaches 1, so a threshold of 1 never fires, though log-odds in float32 may overflow to infinity.
     """
 
     kind: ClassVar[str] = "confidence"
 
     def __call__(self, seen: Seen) -> IntArray:
         bar_R = logit(self.threshold_RN[:, seen.exit_index])
-        return _fired(seen.decision.log_odds_B >= bar_R, Reason.CONFIDENT)
+        return _fired((seen.decision.log_odds_B >= bar_R) & (bar_R < np.inf), Reason.CONFIDENT)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from offramp_calibration.advice import PathCosts, advise
+from offramp_calibration.advice import PathCosts, Setting, advise
 from offramp_calibration.outcomes import Outcomes
 from offramp_calibration.replay import replay
 from offramp_calibration.timing import HeadCost, head_cost, time_stages
 from offramp_calibration.trace import About, Trace
+from offramp_cli import exit_advice
 from offramp_cli.exit_advice import advise_exits, merge_exits
 from offramp_contract.errors import CalibrationError, InvalidValue
 from offramp_contract.policy_spec import (
@@ -291,6 +292,20 @@ def test_without_torch_the_advice_says_what_is_missing(
     assert advice.note is not None
     assert "pip install 'offramp[export]'" in advice.note
     assert {said.verdict for said in advice.exits} == {"unknown"}
+
+
+def test_a_merge_that_turns_out_no_faster_is_not_advised(
+    heavy: Bundle, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_it_is = Setting(accuracy=1.0, compute=1.0, ms=1.0)
+    monkeypatch.setattr(exit_advice, "_measured", lambda *_: (as_it_is, as_it_is))
+
+    advice = advise_exits(heavy, recorded(heavy, rows), NOBODY_IN_THE_MIDDLE, DEVICE, {"x": rows[:8]})
+
+    assert advice.exits[1].verdict == "merge"
+    assert (advice.merge, advice.merged) == ((), None)
+    assert advice.note is not None
+    assert "no faster" in advice.note
 
 
 def test_times_add_up_along_the_stages_and_are_per_row(heavy: Bundle, rows: np.ndarray) -> None:
