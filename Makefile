@@ -16,7 +16,7 @@ CAN_TEST_SYSTEM := $(VENV)/.can-test-system
 CAN_LINT := $(VENV)/.can-lint
 HAS_PERF_ANALYZER := $(VENV)/.has-perf-analyzer
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
-SYSTEM_TOOLS := prometheus promtool docker-compose curl
+SYSTEM_TOOLS := prometheus promtool docker-compose curl chromium
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -37,7 +37,7 @@ test: $(CAN_TEST) ## run the test suite
 
 test-system: $(CAN_TEST_SYSTEM) $(HAS_PERF_ANALYZER) ## run the tests that need Debian's packages
 	@for tool in $(SYSTEM_TOOLS); do command -v $$tool > /dev/null || { \
-	    echo "make test-system needs $$tool; on Debian: apt-get install prometheus docker-compose curl" >&2; exit 1; }; done
+	    echo "make test-system needs $$tool; on Debian: apt-get install prometheus docker-compose curl chromium" >&2; exit 1; }; done
 	@/sbin/ldconfig -p | grep libb64.so.0d > /dev/null || { \
 	    echo "make test-system needs libb64; on Debian: apt-get install libb64-0d" >&2; exit 1; }
 	@$(BIN)/pytest -m system $(ARGS)

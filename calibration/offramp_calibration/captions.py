@@ -69,7 +69,8 @@ def advice_sentence(advice: Advice) -> str:
     if not advice.exits:
         return "There is one exit only; nothing can be merged."
     if advice.merge and advice.merged is not None:
-        names = " and ".join(advice.exits[index].name for index in advice.merge)
+        *others, last = (advice.exits[index].name for index in advice.merge)
+        names = f"{', '.join(others)} and {last}" if others else last
         costs = "costs more than it saves" if len(advice.merge) == 1 else "cost more than they save"
         return (
             f"On this machine {names} {costs}: without, an average row takes "

@@ -54,6 +54,8 @@ def test_every_operating_point_is_measured_by_the_contracts_own_rule(setting, ev
         assert point.compute == pytest.approx(replayed.depth_N.mean())
         assert point.accuracy.value == (replayed.class_N == trace.label_N).mean()
         assert point.differs.value == (replayed.class_N != outcomes.class_NE[:, -1]).mean()
+        full_right_N = outcomes.class_NE[:, -1] == trace.label_N
+        assert point.lost.value == (full_right_N & (replayed.class_N != trace.label_N)).mean()
         assert point.milliseconds == pytest.approx(np.array(MS_E)[replayed.exit_N].mean())
         assert (point.expected_compute, point.expected_accuracy) == (expected.compute, expected.accuracy)
 

@@ -21,6 +21,9 @@ SCORED = st.integers(1, 60).flatmap(
         hnp.arrays(np.float64, size, elements=st.floats(-20, 60, width=32)), hnp.arrays(np.bool_, size)
     )
 )
+UNSURE = st.lists(st.tuples(st.floats(-3, 3), st.booleans()), min_size=1, max_size=60).map(
+    lambda pairs: (np.array([score for score, _ in pairs]), np.array([right for _, right in pairs]))
+)
 
 
 def logit(probability):
@@ -69,7 +72,7 @@ def test_an_exit_that_is_always_sure_and_right_half_the_time_is_off_by_half():
     assert (only.confidence, only.accuracy, only.num_samples) == (1.0, 0.5, 1000)
 
 
-@given(SCORED)
+@given(st.one_of(SCORED, UNSURE))
 def test_ece_is_what_a_loop_over_bins_counts(scored):
     log_odds, right = scored
     assert ece(log_odds, right) == pytest.approx(ece_by_loop(log_odds, right), abs=1e-6)

@@ -90,7 +90,7 @@ def test_the_wheel_holds_every_package_whole_and_typed(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in map(Path, PACKAGES):
         assert f"{package.name}/py.typed" in names
-        for source in (ROOT / package).rglob("*.py"):
+        for source in (*(ROOT / package).rglob("*.py"), *(ROOT / package).rglob("*.j2")):
             assert str(source.relative_to((ROOT / package).parent)) in names
 
 
