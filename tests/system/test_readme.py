@@ -39,8 +39,9 @@ def run(block: Block, folder: Path, address: str) -> str:
     text = block.text.replace(WRITTEN_FOR, address)
     command = ["bash", "-euo", "pipefail", "-c", text] if block.language == "bash" else [sys.executable, "-c", text]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, **ONE_THREAD}
     done = subprocess.run(
-        command, cwd=folder, env=os.environ | {"PATH": path, **ONE_THREAD}, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     return done.stdout
