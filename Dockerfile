@@ -3,7 +3,7 @@
 # Two images from one file:
 #   docker build --target server .                            serves bundles on CPUs; has no torch
 #   docker build --target server --build-arg VARIANT=gpu .    serves bundles on an NVIDIA GPU
-#   docker build --target exporter .                          trains and exports; has torch
+#   docker build --target exporter .                          trains, exports, calibrates; has torch
 #
 # Dependencies and code are layers of their own: a change of code moves a few hundred kilobytes.
 
@@ -30,6 +30,7 @@ COPY contract contract
 COPY runtime runtime
 COPY models models
 COPY exporter exporter
+COPY calibration calibration
 COPY server server
 COPY loadtest loadtest
 COPY cli cli
@@ -55,7 +56,7 @@ FROM requirements AS exporter-dependencies
 # An index that holds a CPU build of torch spares this image several gigabytes of CUDA libraries.
 ARG PIP_EXTRA_INDEX_URL
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/offramp/bin/pip install -c constraints.txt -r server.txt -r cpu.txt -r export.txt
+    /opt/offramp/bin/pip install -c constraints.txt -r server.txt -r cpu.txt -r export.txt -r calibrate.txt
 
 FROM base AS exporter
 RUN useradd --uid 10001 --create-home offramp

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def test_the_servers_image_asks_the_engine_for_its_health():
 
 def test_only_the_exporters_image_installs_what_exporting_needs():
     assert "export.txt" in stage("exporter-dependencies")
+    assert "calibrate.txt" in stage("exporter-dependencies")
     assert "export" not in stage("server-dependencies") + stage("server")
 
 
@@ -63,6 +65,8 @@ def test_the_build_sees_what_it_copies_and_no_more():
     }
     assert copied == let_in
     assert all((ROOT / name).exists() for name in copied)
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert {Path(package).parts[0] for package in packages["packages"]} <= copied
 
 
 def test_nothing_is_reachable_from_beyond_this_machine():
