@@ -28,7 +28,7 @@ def policies(evaluation: Evaluation, theme: Theme) -> Figure:
     low = max(min(family.accuracies[0] for family in families), top - 0.12)
     axes[0].set(xlim=(0, 1.03), ylim=(low, top + (top - low) * 0.06))
     axes[0].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1))
     figure.supxlabel("average share of full FLOPs", fontsize=9.5)
     figure.supylabel("accuracy", fontsize=9.5)
     return figure

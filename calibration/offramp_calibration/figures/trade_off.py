@@ -25,7 +25,7 @@ def trade_off(evaluation: Evaluation, theme: Theme) -> Figure:
             _costs_and_accuracies(axis, evaluation, view, cost, theme)
         axis.set_xlabel(label)
     axes[0].set_ylabel("accuracy")
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1))
     axes[0].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes[0].set_xlim(0, 1.03)
     shown = [point.accuracy.value for point in (*evaluation.static, evaluation.label_oracle)]
