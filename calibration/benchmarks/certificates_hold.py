@@ -30,14 +30,9 @@ EPSILONS = (0.02, 0.05, 0.1)
 BELOW_FULL_DEPTH = (0.02, 0.03, 0.05)
 
 
-def lost(replayed: Replayed) -> float:
-    """Give the share of answers that are wrong where full depth's is right."""
-    return float((replayed.outcomes.right_NE[:, -1] & ~replayed.right_N).mean())
-
-
 RISKS: dict[str, Callable[[Replayed], float]] = {
     "consistency": lambda replayed: float(replayed.differs_N.mean()),
-    "accuracy_loss": lost,
+    "accuracy_loss": lambda replayed: float(replayed.lost_N.mean()),
     "accuracy": lambda replayed: 1 - replayed.accuracy,
 }
 

@@ -27,7 +27,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the name of what is being done, how much of it is done, and of how much."""
 
 LEAST_TO_SPLIT: Final = 2
-MAX_SETTINGS: Final = 400
+MAX_SETTINGS: Final = 350
 """Of each kind; together they stay below what a calibration may hold."""
 
 

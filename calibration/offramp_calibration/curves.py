@@ -9,10 +9,17 @@ Shapes: P = points, E = exits.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from offramp_contract.statistics import FloatArray
+
+from offramp_calibration.front import pareto_front
+
+
+class _Point(NamedTuple):
+    compute: float
+    accuracy: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +41,7 @@ class Curve:
         Args:
             points: Pairs of cost and accuracy, at least one.
         """
-        front: list[tuple[float, float]] = []
-        for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
-            if not front or accuracy > front[-1][1]:
-                front.append((cost, accuracy))
+        front = pareto_front(_Point(*point) for point in points)
         cost_P, accuracy_P = np.array(front, dtype=np.float64).T
         return cls(cost_P, accuracy_P)
 

@@ -16,6 +16,7 @@ from offramp_contract.manifest import Manifest
 from offramp_contract.policy_spec import ConfidenceSpec, FixedSpec, PolicySpec
 from offramp_contract.statistics import FloatArray
 
+from offramp_calibration.advice import Advice
 from offramp_calibration.cautions import cautions_of
 from offramp_calibration.curves import Curve, anytime_auc, common_start
 from offramp_calibration.evaluation import CostView, Evaluation, Provenance
@@ -47,6 +48,7 @@ def evaluate(
     milliseconds: Sequence[float] | None = None,
     reference: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    judge: Callable[[Outcomes, PolicySpec], Advice | None] | None = None,
 ) -> Evaluation:
     """Measure a bundle on a trace.
 
@@ -59,6 +61,7 @@ def evaluate(
         reference: Name of the operating point that exits and examples are shown under; None: what a compute budget
             of one half chooses, or the bundle's default policy if it has no points.
         progress: Is told how many points of how many have been replayed.
+        judge: Says which exits pay under the reference's policy; None: nothing is said of it.
 
     Raises:
         CalibrationError: If no operating point has that name.
@@ -75,6 +78,7 @@ def evaluate(
         for index, name in enumerate(exit_names)
     )
     budgets = budget_results(calibration.operating_points, points)
+    advice = None if judge is None or chosen.policy is None else judge(outcomes, chosen.policy)
     return Evaluation(
         model=manifest.name,
         num_samples=len(trace),
@@ -102,6 +106,7 @@ def evaluate(
         certificates=certificate_counts(calibration.operating_points, by_name),
         examples=pick_examples(replayed, manifest.labels),
         provenance=provenance,
+        advice=advice,
     )
 
 

@@ -5,7 +5,7 @@ Shapes: E = exits.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 from offramp_contract.calibration import Certificate
@@ -43,16 +43,31 @@ class Candidate:
         return cls(family, policy, replayed.compute, replayed.accuracy, exit_rates_E, certificates)
 
 
-def pareto_front(candidates: Iterable[Candidate]) -> list[Candidate]:
+class Costed(Protocol):
+    """What a front is made of."""
+
+    @property
+    def compute(self) -> float:
+        """What it costs."""
+
+    @property
+    def accuracy(self) -> float:
+        """What it gets."""
+
+
+Setting = TypeVar("Setting", bound=Costed)
+
+
+def pareto_front(settings: Iterable[Setting]) -> list[Setting]:
     """Keep those that no other beats: none is as cheap and more accurate, or as accurate and cheaper.
 
     Returns:
         The cheapest first; of equal ones the first given.
     """
-    front: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.compute, -c.accuracy)):
-        if not front or candidate.accuracy > front[-1].accuracy:
-            front.append(candidate)
+    front: list[Setting] = []
+    for setting in sorted(settings, key=lambda one: (one.compute, -one.accuracy)):
+        if not front or setting.accuracy > front[-1].accuracy:
+            front.append(setting)
     return front
 
 

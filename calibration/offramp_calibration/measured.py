@@ -15,6 +15,7 @@ from offramp_contract.policy_spec import PolicySpec
 from offramp_contract.statistics import BoolArray
 
 from offramp_calibration.curves import Curve, gap_closed
+from offramp_calibration.front import pareto_front
 from offramp_calibration.reliability import Interval, wilson
 from offramp_calibration.replay import Replayed
 
@@ -89,7 +90,6 @@ class MeasuredPoint:
             expected: The operating point, if it is one.
         """
         rates_E = replayed.exit_rates_E
-        full_right_N = replayed.outcomes.right_NE[:, -1]
         return cls(
             name=name,
             family=family,
@@ -100,7 +100,7 @@ class MeasuredPoint:
             milliseconds=None if milliseconds_E is None else float(rates_E @ np.asarray(milliseconds_E)),
             accuracy=Proportion.of(replayed.right_N),
             differs=Proportion.of(replayed.differs_N),
-            lost=Proportion.of(full_right_N & ~replayed.right_N),
+            lost=Proportion.of(replayed.lost_N),
             exit_rates=tuple(rates_E.tolist()),
         )
 
@@ -156,11 +156,7 @@ def budget_results(points: Sequence[OperatingPoint], measured: Sequence[Measured
 
 def chosen_by_budgets(points: Sequence[OperatingPoint]) -> list[str]:
     """Name the points that some compute budget chooses, the cheapest first: nothing cheaper should be as right."""
-    chosen: list[OperatingPoint] = []
-    for point in sorted(points, key=lambda point: (point.compute, -point.accuracy)):
-        if not chosen or point.accuracy > chosen[-1].accuracy:
-            chosen.append(point)
-    return [point.name for point in chosen]
+    return [point.name for point in pareto_front(points)]
 
 
 def summarise(

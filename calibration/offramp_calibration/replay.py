@@ -46,6 +46,11 @@ class Replayed:
         return np.asarray(self.class_N != self.outcomes.class_NE[:, -1])
 
     @property
+    def lost_N(self) -> BoolArray:
+        """Whether it was wrong where full depth would have been right."""
+        return np.asarray(self.outcomes.right_NE[:, -1] & ~self.right_N)
+
+    @property
     def depth_N(self) -> FloatArray:
         """Share of the full path's FLOPs that each sample ran."""
         depth_N: FloatArray = self.outcomes.depth_E[self.exit_N]

@@ -3,8 +3,9 @@
 Shapes: N = samples, K = exits that decide (all but the last), L = levels.
 """
 
+import math
 from collections.abc import Callable, Iterable
-from itertools import product
+from itertools import combinations, product
 from typing import Final
 
 import numpy as np
@@ -18,6 +19,7 @@ from offramp_contract.policy_spec import (
     MarginSpec,
     PatienceSpec,
     PolicySpec,
+    WindowSpec,
 )
 from offramp_contract.statistics import Decision, FloatArray
 
@@ -50,6 +52,7 @@ def sweeps(outcomes: Outcomes, num_settings: int) -> dict[str, list[PolicySpec]]
         "margin": (MarginSpec(threshold=threshold) for threshold in _margins(outcomes, num_settings)),
         "agreement": (AgreementSpec(threshold=share) for share in _agreements(last, num_settings)),
         "patience": (PatienceSpec(patience=patience) for patience in patiences),
+        "window": _windows(outcomes, num_settings),
         **_combinations(outcomes, patiences, num_settings),
     }
     return {family: list(specs) for family, specs in families.items()}
@@ -76,6 +79,13 @@ def _agreements(most_votes: int, most: int) -> list[float]:
     some_votes = _spread(1, most_votes, 64)
     shares = sorted({agreeing / votes for votes in some_votes for agreeing in range(1, votes + 1)})
     return [shares[index] for index in _spread(0, len(shares) - 1, most)]
+
+
+def _windows(outcomes: Outcomes, most: int) -> list[WindowSpec]:
+    """Pair confidences: below the lower a sample is hopeless, above the higher it is sure."""
+    num_thresholds = (1 + math.isqrt(1 + 8 * most)) // 2  # n thresholds make n (n - 1) / 2 pairs
+    pairs = combinations(confidence_thresholds(outcomes, num_thresholds), 2)
+    return [WindowSpec(low=low, high=high) for low, high in pairs]
 
 
 def _combinations(outcomes: Outcomes, patiences: list[int], num_settings: int) -> dict[str, list[PolicySpec]]:

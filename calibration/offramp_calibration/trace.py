@@ -136,12 +136,6 @@ class Trace:
             if not all(np.isfinite(logits_NC[start : start + _ROWS_AT_ONCE]).all() for start in starts):
                 raise BrokenTrace(f"the trace's logits_{index} are not all finite")
 
-    def write(self, path: Path) -> None:
-        """Write it to a file, all at once or not at all."""
-        with writing(path) as writer:
-            writer.append(self.label_N, self.logits_ENC)
-            writer.finish(self.about)
-
 
 class TraceWriter:
     """Appends batches to a trace on disk; made by `writing`."""

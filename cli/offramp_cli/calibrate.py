@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from offramp_cli.console import progress, stderr, stdout
+from offramp_cli.data_flags import DATA_KINDS, AllowMissingClasses, BatchSize, DataDir, Device, Threads, TraceFile
 from offramp_cli.errors import CommandError
 
 if TYPE_CHECKING:
@@ -30,25 +31,20 @@ def calibrate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Labelled data that the network has not learnt from: an .npz with x and y; a folder with a sub-folder "
-            "of images for each class; a .csv with the columns text and label; or a data set of `offramp models`, of "
-            "which the calibration split is taken."
+            help=f"Labelled data that the network has not learnt from: {DATA_KINDS}, of which the calibration split is "
+            "taken."
         ),
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where data sets lie; see `offramp models`.")] = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Keep what every exit said in this .npz, and use it instead if it is there.")
-    ] = None,
+    data_dir: DataDir = None,
+    trace: TraceFile = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the calibrated bundle to this new folder; unset: into the bundle's own.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which samples fit and which certify.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples that run together.")] = 256,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; unset: one per core.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
-    allow_missing_classes: Annotated[
-        bool, typer.Option("--allow-missing-classes", help="Accept data that lacks some of the classes.")
-    ] = False,
+    batch_size: BatchSize = 256,
+    threads: Threads = None,
+    device: Device = "auto",
+    allow_missing_classes: AllowMissingClasses = False,
 ) -> None:
     """Run a bundle on held-out data and write into it what serves which budget, and with which guarantee.
 

@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,15 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from offramp_cli.console import progress, stderr, stdout
+from offramp_cli.data_flags import DATA_KINDS, AllowMissingClasses, BatchSize, DataDir, Device, Threads, TraceFile
 from offramp_cli.errors import CommandError
 from offramp_cli.figure import machine
 
 if TYPE_CHECKING:
     import numpy as np
+    from offramp_calibration import Outcomes
+    from offramp_calibration.advice import Advice
     from offramp_calibration.evaluation import Evaluation, Provenance
     from offramp_calibration.labelled import LabelledData
     from offramp_calibration.trace import Trace
-    from offramp_runtime import Bundle, Device
+    from offramp_contract.policy_spec import PolicySpec
+    from offramp_runtime import Bundle
+    from offramp_runtime import Device as RuntimeDevice
 
 PACKAGES = ("offramp", "numpy", "onnxruntime", "onnxruntime-gpu")
 
@@ -29,15 +33,12 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Labelled data that neither training nor calibration has seen: an .npz with x and y; a folder with a "
-            "sub-folder of images for each class; a .csv with the columns text and label; or a data set of `offramp "
-            "models`, of which the test split is taken."
+            help=f"Labelled data that neither training nor calibration has seen: {DATA_KINDS}, of which the test split "
+            "is taken."
         ),
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where data sets lie; see `offramp models`.")] = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Keep what every exit said in this .npz, and use it instead if it is there.")
-    ] = None,
+    data_dir: DataDir = None,
+    trace: TraceFile = None,
     out: Annotated[Path, typer.Option(help="The report's folder; a report that is there is replaced.")] = Path(
         "report"
     ),
@@ -53,12 +54,10 @@ def evaluate(
         typer.Option(help="Also write the bundle without the exits that cost more than they save to this new folder."),
     ] = None,
     timing: Annotated[bool, typer.Option(help="Measure milliseconds and give advice on exits.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples that run together.")] = 256,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; unset: one per core.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
-    allow_missing_classes: Annotated[
-        bool, typer.Option("--allow-missing-classes", help="Accept data that lacks some of the classes.")
-    ] = False,
+    batch_size: BatchSize = 256,
+    threads: Threads = None,
+    device: Device = "auto",
+    allow_missing_classes: AllowMissingClasses = False,
 ) -> None:
     """Measure a bundle on labelled data, and write a report: accuracy against compute, exits, budgets, certificates."""
     from offramp_calibration.evaluate import named_point
@@ -161,34 +160,34 @@ def _evaluate(
     provenance: "Provenance",
     *,
     point: str | None,
-    device: "Device | None",
+    device: "RuntimeDevice | None",
     inputs: "Mapping[str, np.ndarray]",
 ) -> "Evaluation":
-    """Time the exits if there is a device to do it on, replay everything, and judge the exits."""
-    from offramp_calibration import Outcomes
+    """Replay everything; where there is a device, time the exits on it and judge them."""
     from offramp_calibration.evaluate import evaluate as measure
     from offramp_calibration.timing import time_stages
 
     from offramp_cli.exit_advice import advise_exits
 
-    times = None if device is None else time_stages([bundle], device, inputs)[0].ms_to_exit_E.tolist()
     with progress() as display:
         task = display.add_task("replaying", total=None, note="")
-        evaluation = measure(
+
+        def judge(outcomes: "Outcomes", policy: "PolicySpec") -> "Advice | None":
+            if device is None:
+                return None
+            display.update(task, description="timing with and without each exit")
+            return advise_exits(bundle, outcomes, policy, device, inputs)
+
+        return measure(
             trace,
             bundle.manifest,
             bundle.calibration,
             provenance,
-            milliseconds=times,
+            milliseconds=None if device is None else time_stages([bundle], device, inputs)[0].ms_to_exit_E.tolist(),
             reference=point,
             progress=lambda done, total: display.update(task, completed=done, total=total),
+            judge=judge,
         )
-    policy = evaluation.reference.policy
-    if device is None or policy is None:
-        return evaluation
-    with stderr.status("timing the bundle with and without each exit"):
-        outcomes = Outcomes.of(trace, bundle.calibration.temperatures)
-        return replace(evaluation, advice=advise_exits(bundle, outcomes, policy, device, inputs))
 
 
 def _summarise(evaluation: "Evaluation") -> None:

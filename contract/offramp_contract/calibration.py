@@ -114,6 +114,10 @@ class Calibration(_Part):
             raise ValueError("two operating points have the same name")
         return self
 
+    def __hash__(self) -> int:
+        # Of a few fields: hashing hundreds of points would cost more than the look-ups that use it.
+        return hash((self.model_digest, self.data_digest, self.temperatures, len(self.operating_points)))
+
     @classmethod
     def bare(cls, manifest: Manifest) -> Self:
         """Give the calibration of a bundle that has none."""

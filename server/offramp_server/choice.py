@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 from offramp_contract.budgets import certified_accuracy, certified_risk, within_compute
@@ -60,14 +60,43 @@ def choose(given: Fields, manifest: Manifest, calibration: Calibration, otherwis
         return Choice(point.policy, point)
     if not any(name in given for name in BUDGET_FIELDS):
         return Choice(_written_policy(given, manifest))
-    points = _points_of_kind(given.get("policy"), calibration.operating_points)
-    if "accuracy" in given:
-        point, certificate = certified_accuracy(points, number(given["accuracy"], "accuracy", 0.0, 1.0))
-    elif "risk" in given:
-        point, certificate = certified_risk(points, *_risk(given["risk"]))
+    return _chosen_by(_read_budgets(given), calibration)
+
+
+class _Budgets(NamedTuple):
+    """What a request wants of its answers; of accuracy and risk at most one, and compute where neither is given."""
+
+    kind: str | None
+    compute: float | None
+    accuracy: float | None
+    risk: tuple[float, float | None, CertificateKind] | None
+
+
+def _read_budgets(given: Fields) -> _Budgets:
+    kind = given.get("policy")
+    if kind is not None and kind not in KINDS:
+        raise InvalidValue(f"policy: the kind must be one of {', '.join(KINDS)}", "policy")
+    return _Budgets(
+        kind,
+        number(given["compute"], "compute", 0.0, 1.0, above=True) if "compute" in given else None,
+        number(given["accuracy"], "accuracy", 0.0, 1.0) if "accuracy" in given else None,
+        _risk(given["risk"]) if "risk" in given else None,
+    )
+
+
+# Clients ask for the same few budgets again and again, and looking through hundreds of points and thousands of
+# certificates takes as long as the rest of a request.
+@lru_cache(maxsize=1024)
+def _chosen_by(wanted: _Budgets, calibration: Calibration) -> Choice:
+    points = [point for point in calibration.operating_points if wanted.kind in (None, point.policy.kind)]
+    certificate = None
+    if wanted.accuracy is not None:
+        point, certificate = certified_accuracy(points, wanted.accuracy)
+    elif wanted.risk is not None:
+        point, certificate = certified_risk(points, *wanted.risk)
     else:
-        point, certificate = within_compute(points, _compute(given)), None
-    if "compute" in given and point.compute > _compute(given):
+        point = within_compute(points, wanted.compute or 0.0)
+    if wanted.compute is not None and point.compute > wanted.compute:
         raise InvalidValue(
             f"compute: the cheapest operating point certified for this takes {point.compute:.4g} on average", "compute"
         )
@@ -142,14 +171,6 @@ def _named_point(name: object, points: Sequence[OperatingPoint]) -> OperatingPoi
     raise InvalidValue(f"operating_point: this model has no point of that name; {known}", "operating_point")
 
 
-def _points_of_kind(kind: object, points: Sequence[OperatingPoint]) -> Sequence[OperatingPoint]:
-    if kind is None:
-        return points
-    if kind not in KINDS:
-        raise InvalidValue(f"policy: the kind must be one of {', '.join(KINDS)}", "policy")
-    return [point for point in points if point.policy.kind == kind]
-
-
 def _written_policy(given: Fields, manifest: Manifest) -> PolicySpec:
     policy, threshold, patience = given.get("policy"), given.get("threshold"), given.get("patience")
     if isinstance(policy, dict) and (threshold is not None or patience is not None):
@@ -165,10 +186,6 @@ def _written_policy(given: Fields, manifest: Manifest) -> PolicySpec:
         beside = "threshold" if isinstance(threshold, str) else "patience"
         raise InvalidValue(f"{beside}: must be a number, not a string", beside)
     return parse_policy(policy, threshold, patience)
-
-
-def _compute(given: Fields) -> float:
-    return number(given["compute"], "compute", 0.0, 1.0, above=True)
 
 
 def _risk(written: object) -> tuple[float, float | None, CertificateKind]:

@@ -57,6 +57,7 @@ def test_every_policy_has_points_and_full_depth_one(calibration: Calibration) ->
         "margin",
         "agreement",
         "patience",
+        "window",
         "patience-and-confidence",
         "patience-or-confidence",
         "budgeted",

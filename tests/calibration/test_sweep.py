@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from offramp_calibration.front import Candidate, pareto_front, thin
 from offramp_calibration.outcomes import Outcomes
 from offramp_calibration.replay import replay
 from offramp_calibration.sweep import LEAST_ENTROPY, LEAST_MARGIN_GAP, confidence_thresholds, sweeps
-from offramp_calibration.thresholds import MAX_LOG_ODDS, confidence_of, cuts_between
+from offramp_calibration.thresholds import ALWAYS, MAX_LOG_ODDS, NEVER, confidence_of, cuts_between
 from offramp_calibration.trace import Trace
 from offramp_contract.policy_spec import ConfidenceSpec, EntropySpec, FixedSpec, MarginSpec, PatienceSpec
 
@@ -82,6 +83,7 @@ def test_every_policy_is_swept(outcomes: Outcomes) -> None:
         "margin",
         "agreement",
         "patience",
+        "window",
         "patience-and-confidence",
         "patience-or-confidence",
     }
@@ -112,3 +114,13 @@ def test_small_and_deep_networks_are_swept_too(
 
 def test_a_network_of_one_exit_has_nothing_to_sweep(make_trace: Callable[..., Trace]) -> None:
     assert sweeps(Outcomes.of(make_trace(20, 1, depth_E=[1.0])), 20) == {}
+
+
+def test_windows_leave_the_sure_the_hopeless_or_both(outcomes: Outcomes) -> None:
+    windows = sweeps(outcomes, 60)["window"]
+    assert {(window.low == ALWAYS, window.high == NEVER) for window in windows} == set(product((True, False), repeat=2))
+    for window in windows:
+        assert window.low < window.high
+        if window.low == ALWAYS:  # nobody is hopeless
+            confident = ConfidenceSpec(threshold=window.high)
+            assert (replay(window, outcomes).exit_N == replay(confident, outcomes).exit_N).all()

@@ -25,6 +25,12 @@ def small(num_samples=6, num_classes=3, num_exits=2, seed=0):
     return Trace(About("model", DIGEST, DIGEST, depths), rng.integers(num_classes, size=num_samples), logits)
 
 
+def write(trace, path):
+    with writing(path) as writer:
+        writer.append(trace.label_N, trace.logits_ENC)
+        writer.finish(trace.about)
+
+
 def same(one, other):
     return (
         one.about == other.about
@@ -56,7 +62,7 @@ def test_a_trace_reads_back_as_it_was_written_however_it_was_cut_into_batches(
 
 def test_numpy_reads_a_trace_without_us(tmp_path):
     trace = small()
-    trace.write(tmp_path / "t.npz")
+    write(trace, tmp_path / "t.npz")
     with np.load(tmp_path / "t.npz") as arrays:
         assert set(arrays) == {"about", "label", "logits_0", "logits_1"}
         np.testing.assert_array_equal(arrays["logits_1"], trace.logits_ENC[1])
@@ -64,13 +70,13 @@ def test_numpy_reads_a_trace_without_us(tmp_path):
 
 
 def test_a_trace_is_mapped_and_not_read(tmp_path):
-    small().write(tmp_path / "t.npz")
+    write(small(), tmp_path / "t.npz")
     assert all(isinstance(logits_NC, np.memmap) for logits_NC in Trace.read(tmp_path / "t.npz").logits_ENC)
 
 
 def test_batches_that_do_not_join_leave_the_old_trace_and_nothing_else(tmp_path):
     path, old = tmp_path / "t.npz", small(seed=1)
-    old.write(path)
+    write(old, path)
     with pytest.raises(BrokenTrace, match="logits_0: rows of shape"):
         append_both(path, small(), small(num_classes=4))
     assert same(Trace.read(path), old)
@@ -191,7 +197,7 @@ def test_a_compressed_trace_is_refused(tmp_path):
 
 def test_a_trace_cut_short_anywhere_or_of_garbage_is_refused(tmp_path):
     path = tmp_path / "t.npz"
-    small().write(path)
+    write(small(), path)
     whole = path.read_bytes()
     for length in range(0, len(whole), 37):
         path.write_bytes(whole[:length])
@@ -203,7 +209,7 @@ def test_a_trace_cut_short_anywhere_or_of_garbage_is_refused(tmp_path):
 @given(data=st.data())
 def test_flipped_bytes_are_refused_or_give_a_trace_but_never_another_error(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("flipped") / "t.npz"
-    small().write(path)
+    write(small(), path)
     content = bytearray(path.read_bytes())
     for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
         content[place] ^= data.draw(st.integers(1, 255))

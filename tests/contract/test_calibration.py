@@ -105,6 +105,13 @@ def test_a_calibration_survives_being_written_and_read(calibration: Calibration)
     assert calibration.calibration_digest == hashlib.sha256(calibration.to_bytes()).hexdigest()
 
 
+@given(calibrations, calibrations)
+def test_equal_calibrations_have_one_hash(one: Calibration, other: Calibration) -> None:
+    again = Calibration.model_validate(json.loads(one.to_bytes()))
+    assert hash(again) == hash(one)
+    assert (one == other) == (one.to_bytes() == other.to_bytes())
+
+
 def test_its_digest_changes_with_what_it_says() -> None:
     variants = [
         calibrated(),

@@ -86,6 +86,16 @@ def test_a_risk_may_be_kept_on_average_and_may_count_only_what_depth_would_have_
     assert (routing.options.operating_point, routing.certificate) == ("e60", CRC)
 
 
+def test_a_new_calibration_of_the_same_model_is_asked_anew(manifest: Manifest, calibration: Calibration) -> None:
+    swapped = tuple(
+        point.model_copy(update={"compute": compute})
+        for point, compute in zip(calibration.operating_points, (0.8, 0.4, 0.6), strict=True)
+    )
+    anew = calibration.model_copy(update={"operating_points": swapped})
+    for known, chosen in ((calibration, "c40"), (anew, "c80"), (calibration, "c40")):
+        assert read_routing({"compute": 0.5}, manifest, known, NoLimits()).options.operating_point == chosen
+
+
 def test_a_kind_beside_a_budget_says_among_which_points_to_choose(read: Any) -> None:
     assert read(compute=0.7).options.operating_point == "e60"
     assert read(compute=0.7, policy="confidence").options.operating_point == "c40"

@@ -187,6 +187,10 @@ def test_the_operators_default_point_serves_those_who_choose_nothing(serve: Any,
     assert ask(server).json()["policy"]["operating_point"] == "early"
     assert ask(server, latency_ms=500).json()["policy"]["operating_point"] == "early"
     assert ask(server, policy="entropy").json()["policy"]["operating_point"] is None
+    body = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": ROW}]}
+    infer = "/v2/models/knowing/infer"
+    assert server.client.post(infer, json=body).json()["parameters"]["operating_point"] == "early"
+    assert "parameters" not in server.client.post(infer, json=body | {"parameters": {"policy": "entropy"}}).json()
     described = server.client.get("/v1/models/knowing").json()
     assert described["default_operating_point"] == "early"
     assert described["default_policy"] == {"kind": "confidence", "threshold": 0.3}

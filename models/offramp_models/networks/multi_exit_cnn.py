@@ -8,16 +8,15 @@ Shapes: B = batch, D = channels, H, W = height and width, C = classes.
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from offramp_models.exits import exit_head
-from offramp_models.networks.image_network import ImageNetwork
+from offramp_models.networks.image_network import ChainedNetwork
 from offramp_models.networks.residual import ResidualBlock
 from offramp_models.shapes import ImageShape
 
 
-class MultiExitCNN(ImageNetwork):
+class MultiExitCNN(ChainedNetwork):
     """Classify small images, with an answer after every stage.
 
     The defaults are for 8x8 grey images of ten classes. The first stages are narrow and see little of the image (survey
@@ -61,15 +60,6 @@ class MultiExitCNN(ImageNetwork):
             self.stages.append(_stage(channels, stage_width, num_blocks, stride))
             channels, height, width = stage_width, -(-height // stride), -(-width // stride)
             self.exits.append(exit_head(exits)((channels, height, width), num_classes))
-
-    def forward(self, images_BDHW: torch.Tensor) -> list[torch.Tensor]:
-        """Give every exit's logits, each float32 of shape (B, C), the earliest first."""
-        features_BDHW = self.stem(images_BDHW)
-        logits_EBC = []
-        for stage, head in zip(self.stages, self.exits, strict=True):
-            features_BDHW = stage(features_BDHW)
-            logits_EBC.append(head(features_BDHW))
-        return logits_EBC
 
 
 def _stem(in_channels: int, out_channels: int, upscale: int) -> nn.Sequential:

@@ -5,16 +5,15 @@ Shapes: B = batch, D = channels, H, W = height and width, C = classes.
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from offramp_models.exits import exit_head
-from offramp_models.networks.image_network import ImageNetwork
+from offramp_models.networks.image_network import ChainedNetwork
 from offramp_models.networks.residual import ResidualBlock
 from offramp_models.shapes import ImageShape
 
 
-class ResNet(ImageNetwork):
+class ResNet(ChainedNetwork):
     """ResNet for small images (ResNet-20 unless told otherwise), exits spread evenly over its blocks.
 
     A 3x3 convolution, then groups of residual blocks, each group at half the size of the one before
@@ -62,12 +61,3 @@ class ResNet(ImageNetwork):
                 self.stages.append(nn.Sequential(*stage))
                 self.exits.append(exit_head(exits)((channels, height, width), num_classes))
                 stage = []
-
-    def forward(self, images_BDHW: torch.Tensor) -> list[torch.Tensor]:
-        """Give every exit's logits, each float32 of shape (B, C), the earliest first."""
-        features_BDHW = self.stem(images_BDHW)
-        logits_EBC = []
-        for stage, head in zip(self.stages, self.exits, strict=True):
-            features_BDHW = stage(features_BDHW)
-            logits_EBC.append(head(features_BDHW))
-        return logits_EBC
