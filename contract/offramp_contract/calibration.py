@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from offramp_contract.errors import DigestMismatch, InvalidValue, ManifestError, UnsupportedFormat
 from offramp_contract.files import BundleFiles
-from offramp_contract.manifest import Manifest, Sha256
+from offramp_contract.manifest import Manifest
+from offramp_contract.parts import Sha256
 from offramp_contract.policy_spec import MAX_EXITS, PolicySpec, compile_policy
 
 CALIBRATION_FORMAT_VERSION: Final = 1
@@ -66,6 +67,7 @@ class OperatingPoint(_Part):
         compute: Expected average share of the full path's FLOPs.
         accuracy: Expected accuracy.
         exit_rates: Expected share of rows that leave at each exit; they add up to 1.
+        gate_threshold: What opens the gates, where the network has some (survey eq. 8); None: its own thresholds.
     """
 
     name: PointName
@@ -73,6 +75,7 @@ class OperatingPoint(_Part):
     compute: float = Field(gt=0.0, le=1.0)
     accuracy: Share
     exit_rates: tuple[Share, ...] = Field(min_length=1, max_length=MAX_EXITS)
+    gate_threshold: Share | None = None
     certificates: tuple[Certificate, ...] = Field(default=(), max_length=64)
 
     def certificate(self, kind: CertificateKind, delta: float | None = None) -> Certificate | None:
@@ -149,7 +152,7 @@ def read_calibration(files: BundleFiles, manifest: Manifest) -> Calibration:
     try:
         calibration = Calibration.model_validate(written)
         for point in calibration.operating_points:
-            compile_policy(point.policy, len(manifest.exits))
+            compile_policy(point.policy, len(manifest.exits), manifest.native)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ", ".join(filter(None, (CALIBRATION_FILE, ".".join(map(str, problem["loc"])))))
@@ -163,6 +166,8 @@ def read_calibration(files: BundleFiles, manifest: Manifest) -> Calibration:
         raise ManifestError(f"{CALIBRATION_FILE}: {num_exits} exits need as many temperatures")
     if any(len(point.exit_rates) != num_exits for point in calibration.operating_points):
         raise ManifestError(f"{CALIBRATION_FILE}: {num_exits} exits need as many exit rates in every operating point")
+    if not manifest.gates and any(point.gate_threshold is not None for point in calibration.operating_points):
+        raise ManifestError(f"{CALIBRATION_FILE}: an operating point has a gate threshold, but the model has no gates")
     return calibration
 
 

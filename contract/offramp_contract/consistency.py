@@ -6,11 +6,11 @@ would have refused.
 
 import math
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 from offramp_contract.errors import InvalidValue
-from offramp_contract.policy_spec import compile_policy
+from offramp_contract.policy_spec import compares_labels, compile_policy
 
 if TYPE_CHECKING:
     from offramp_contract.manifest import Manifest
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 def first_problem(manifest: "Manifest") -> str | None:
     """Give the first thing that contradicts itself in a manifest, as a sentence, or None if all fits."""
-    checks = (_tensor_problems, _exit_problems, _gate_problems, _preprocessing_problems, _policy_problems)
+    checks = (
+        _tensor_problems,
+        _weight_problems,
+        _exit_problems,
+        _gate_problems,
+        _preprocessing_problems,
+        _policy_problems,
+    )
     return next(chain.from_iterable(check(manifest) for check in checks), None)
 
 
@@ -44,6 +51,17 @@ def _tensor_problems(manifest: "Manifest") -> Iterator[str]:
         known.update(stage.outputs)
 
 
+def _weight_problems(manifest: "Manifest") -> Iterator[str]:
+    if manifest.shared_weights is None:
+        return
+    tensors = sorted(manifest.shared_weights.tensors, key=lambda tensor: tensor.offset)
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        yield "two shared weights have the same name"
+    for tensor, following in pairwise(tensors):
+        if tensor.offset + tensor.num_bytes > following.offset:
+            yield f"shared weights {tensor.name!r} and {following.name!r} overlap"
+
+
 def _exit_problems(manifest: "Manifest") -> Iterator[str]:
     stated = [(i, stage.exit) for i, stage in enumerate(manifest.stages) if stage.exit is not None]
     expected = [(exit_.stage, i) for i, exit_ in enumerate(manifest.exits)]
@@ -58,29 +76,67 @@ def _exit_problems(manifest: "Manifest") -> Iterator[str]:
         ends = [*stage.outputs, exit_.logits, exit_.decision, *((exit_.halting,) if exit_.halting else ())]
         if len(set(ends)) != len(ends) or exit_.temperature in stage.inputs:
             yield f"exit {exit_.name!r} gives one name to two tensors of its stage"
+    num_native = sum(exit_.native is not None for exit_ in manifest.exits[:-1])
+    if num_native not in (0, len(manifest.exits) - 1) or manifest.exits[-1].native is not None:
+        yield "every exit but the final one has a native rule, or none has"
     if manifest.labels is not None and any(e.num_classes != len(manifest.labels) for e in manifest.exits):
         yield f"{len(manifest.labels)} labels do not fit the exits' number of classes"
 
 
 def _gate_problems(manifest: "Manifest") -> Iterator[str]:
-    tensors = manifest.tensors
-    known = {tensor.name for tensor in manifest.inputs}
+    if len({gate.name for gate in manifest.gates}) != len(manifest.gates):
+        yield "two gates have the same name"
+    for gate in manifest.gates:
+        if (gate.stage is None) == (gate.priority is None):
+            yield f"gate {gate.name!r} needs either a stage that scores it or a priority"
+        if gate.stage is not None and gate.stage >= len(manifest.stages):
+            yield f"gate {gate.name!r} names stage {gate.stage}, which is not there"
+    for stage, scored in zip(manifest.stages, manifest.scored_gates, strict=True):
+        if bool(scored) != (stage.scores is not None):
+            yield f"stage {stage.name!r} and the gates do not agree on whether it scores any"
     for index, stage in enumerate(manifest.stages):
-        for merge in stage.merges:
-            run, skip = tensors.get(merge.run), tensors.get(merge.skip)
-            if skip is None or skip.name not in known:
-                yield f"stage {stage.name!r} merges with {merge.skip!r}, which no earlier stage writes"
-            elif run is not None and (run.dtype, run.shape) != (skip.dtype, skip.shape):
-                yield f"stage {stage.name!r} merges {merge.run!r} with {merge.skip!r}, which has another shape or dtype"
-        known.update(stage.outputs)
-        if stage.gate is None:
-            if stage.merges:
-                yield f"stage {stage.name!r} has merges but no gate"
+        yield from _gated_stage_problems(manifest, index)
+        if stage.gates and stage.exit is not None:
+            yield f"stage {stage.name!r} is gated and ends in an exit, which every row must be able to reach"
+    for index in range(len(manifest.stages)):
+        yield from _merge_problems(manifest, index)
+    for index, gate in enumerate(manifest.gates):
+        if not any(index in stage.gates for stage in manifest.stages):
+            yield f"gate {gate.name!r} decides over no stage"
+
+
+def _gated_stage_problems(manifest: "Manifest", index: int) -> Iterator[str]:
+    stage = manifest.stages[index]
+    for number in stage.gates:
+        gate = manifest.gates[number] if number < len(manifest.gates) else None
+        if gate is None or (gate.stage is not None and gate.stage >= index):
+            yield f"stage {stage.name!r} names gate {number}, which no earlier stage scores"
+        elif gate.stage is not None and not set(manifest.stages[gate.stage].gates) <= set(stage.gates):
+            yield f"stage {stage.name!r} is behind gate {gate.name!r}, but not behind the gates that one is behind"
+
+
+def _merge_problems(manifest: "Manifest", index: int) -> Iterator[str]:
+    stage, tensors = manifest.stages[index], manifest.tensors
+    if stage.merges and not stage.gates:
+        yield f"stage {stage.name!r} has merges but no gate"
+    before = chain(
+        (tensor.name for tensor in manifest.inputs), *(earlier.outputs for earlier in manifest.stages[:index])
+    )
+    known = set(before)
+    for merge in stage.merges:
+        run, skip = tensors.get(merge.run), tensors.get(merge.skip)
+        if run is None or merge.run not in stage.outputs:
+            yield f"stage {stage.name!r} merges {merge.run!r}, which is not among its outputs"
+        elif skip is None or merge.skip not in known:
+            yield f"stage {stage.name!r} merges with {merge.skip!r}, which no earlier stage writes"
+        elif (run.dtype, run.shape) != (skip.dtype, skip.shape):
+            yield f"stage {stage.name!r} merges {merge.run!r} with {merge.skip!r}, which has another shape or dtype"
+    merged = {merge.run for merge in stage.merges}
+    for later in manifest.stages[index + 1 :]:
+        if set(stage.gates) <= set(later.gates):
             continue
-        if stage.gate >= len(manifest.gates) or manifest.gates[stage.gate].stage >= index:
-            yield f"stage {stage.name!r} names gate {stage.gate}, which no earlier stage scores"
-        if {merge.run for merge in stage.merges} != set(stage.outputs):
-            yield f"stage {stage.name!r} is gated, but its merges do not cover its outputs"
+        for name in (set(later.inputs) | {merge.skip for merge in later.merges}) & set(stage.outputs) - merged:
+            yield f"stage {later.name!r} reads {name!r}, which nothing stands for where {stage.name!r} does not run"
 
 
 def _preprocessing_problems(manifest: "Manifest") -> Iterator[str]:
@@ -102,6 +158,8 @@ def _preprocessing_problems(manifest: "Manifest") -> Iterator[str]:
 
 def _policy_problems(manifest: "Manifest") -> Iterator[str]:
     try:
-        compile_policy(manifest.default_policy, len(manifest.exits))
+        compile_policy(manifest.default_policy, len(manifest.exits), manifest.native)
     except InvalidValue as error:
         yield f"default_policy: {error.message}"
+    if compares_labels(manifest.default_policy) and not manifest.has_common_classes:
+        yield "default_policy: patience and agreement compare labels, and the exits have different numbers of classes"

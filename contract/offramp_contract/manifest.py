@@ -3,81 +3,74 @@
 The exporter writes it and the server reads it; nothing else is needed to serve. It is versioned, a reader refuses what
 it does not know by name, every file is checked against its sha256 before use, and no path leaves the folder.
 
-A multi-exit network is a list of stages that end in exits. A *gated* stage is a block's body alone: `Stage.gate` names
-the gate that decides over it, and its `merges` say which carry stands for its result when the gate is shut.
+A multi-exit network is a list of stages that end in exits. A *gated* stage is a block's body alone: `Stage.gates` names
+the gates that decide over it, and its `merges` say which carry stands for its result when one of them is shut.
 """
 
 import hashlib
 import json
-import math
-from pathlib import PurePosixPath
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from offramp_contract.consistency import first_problem
 from offramp_contract.errors import DigestMismatch, ManifestError, UnsupportedFormat
 from offramp_contract.files import BundleFiles
+from offramp_contract.native import NativeRule, NativeRules, Predicate
+from offramp_contract.parts import File, Name, Part, Proof, SharedWeights, Tensor
 from offramp_contract.policy_spec import ConfidenceSpec, PolicySpec
 
-FORMAT_VERSION: Final = 1
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_FILE",
+    "MAX_MANIFEST_BYTES",
+    "Exit",
+    "File",
+    "Gate",
+    "ImagePreprocessing",
+    "Manifest",
+    "Merge",
+    "NativeRule",
+    "Predicate",
+    "Preprocessing",
+    "Proof",
+    "Provenance",
+    "SharedWeights",
+    "Stage",
+    "Tensor",
+    "TextPreprocessing",
+    "read_manifest",
+    "read_verified",
+]
+
+FORMAT_VERSION: Final = 2
 MANIFEST_FILE = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
-DTYPES = {"float32": 4, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "bool": 1}
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-Name = Annotated[str, Field(min_length=1, max_length=512)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Tensor(_Part):
-    """A value that enters the network or crosses a stage boundary; `shape` is one row's, behind the batch axis 0."""
-
-    name: Name
-    dtype: Literal["float32", "float16", "float64", "int64", "int32", "uint8", "int8", "bool"]
-    shape: tuple[Annotated[int, Field(ge=0)], ...]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes that one row takes."""
-        return DTYPES[self.dtype] * math.prod(self.shape)
-
-
-class File(_Part):
-    """A file of the bundle, relative to its folder."""
-
-    path: Name
-    sha256: Sha256
-
-    @model_validator(mode="after")
-    def _stays_inside(self) -> Self:
-        parts = PurePosixPath(self.path).parts
-        if not parts or self.path.startswith("/") or "\\" in self.path or ".." in parts or "\0" in self.path:
-            raise ValueError(f"file path {self.path!r} leaves the bundle's folder")
-        return self
-
-
-class Merge(_Part):
-    """A value that a gated stage changes: `run` is its output's name, `skip` the carry that stands for it."""
+class Merge(Part):
+    """A value that a gated stage changes: `run` is its output's name, `skip` the input or carry that stands for it."""
 
     run: Name
     skip: Name
 
 
-class Stage(_Part):
+class Stage(Part):
     """The smallest thing the engine runs: one ONNX graph.
 
     Attributes:
         inputs: Names of the model inputs and carries it reads, in the graph's order (the temperature excepted).
         outputs: Names of the carries it emits, in the graph's order (an exit's logits and decision excepted).
         exit: Index of the exit it ends in, if any.
-        gate: Index of the gate that decides whether it runs, if any.
-        merges: What stands for its outputs when its gate is shut.
+        scores: Name of the graph output with the scores of the gates that it decides, float32 (B, K), one column for
+            each gate that names it, in the gates' order; None if no gate does.
+        gates: Indices of the gates that must all be open for it to run, the outermost first; empty for trunk.
+        merges: What stands for its outputs where it does not run. An output that only stages behind the same gates read
+            has none.
         flops: Floating-point operations for one row (a multiply-add counts two).
         carry_bytes: Bytes that one row keeps alive across the boundary behind this stage.
     """
@@ -87,13 +80,14 @@ class Stage(_Part):
     inputs: tuple[Name, ...]
     outputs: tuple[Name, ...] = ()
     exit: int | None = Field(default=None, ge=0)
-    gate: int | None = Field(default=None, ge=0)
+    scores: Name | None = None
+    gates: tuple[Annotated[int, Field(ge=0)], ...] = ()
     merges: tuple[Merge, ...] = ()
     flops: int = Field(ge=0)
     carry_bytes: int = Field(ge=0)
 
 
-class Exit(_Part):
+class Exit(Part):
     """An output module. Index 0 .. E-1; the last is the final exit.
 
     Attributes:
@@ -102,6 +96,7 @@ class Exit(_Part):
         decision: Name of the graph output with the packed statistics (`offramp_contract.statistics`).
         temperature: Name of the graph's scalar float32 input T.
         halting: Name of the graph output with a learned halting score, float32 (B,), if the network has one.
+        native: The network's own rule for leaving here, if it has one; its score is the decision's last column.
     """
 
     name: Name
@@ -111,24 +106,28 @@ class Exit(_Part):
     temperature: Name
     num_classes: int = Field(ge=2, le=2**24)
     halting: Name | None = None
+    native: NativeRule | None = None
 
 
-class Gate(_Part):
-    """A per-row binary decision before a gated stage.
+class Gate(Part):
+    """A per-row binary decision before gated stages: open where `score >= threshold` (survey eq. 8).
+
+    A gate whose score was never computed, because its stage is gated itself and did not run, is shut.
 
     Attributes:
-        stage: Index of the stage whose graph computes its score.
-        score: Name of that graph's output, float32 (B,), in [0, 1].
-        threshold: Default of the serving-time knob; the gate opens where score >= threshold (survey eq. 8).
+        stage: Index of the stage whose graph computes its score; None where the score depends on no input.
+        priority: The score that depends on no input, in [0, 1]: which blocks run is then the caller's choice, and those
+            of highest priority are the ones to keep. None where a stage computes it.
+        threshold: Default of the serving-time knob.
     """
 
     name: Name
-    stage: int = Field(ge=0)
-    score: Name
+    stage: int | None = Field(default=None, ge=0)
+    priority: float | None = Field(default=None, ge=0.0, le=1.0)
     threshold: float = Field(default=0.5, ge=0.0, le=1.0)
 
 
-class ImagePreprocessing(_Part):
+class ImagePreprocessing(Part):
     """How an image becomes the model's one input, float32 (channels, height, width).
 
     The image is converted to `mode`, its shorter side scaled to `resize` (None: both sides straight to the model's
@@ -154,7 +153,7 @@ class ImagePreprocessing(_Part):
         return self
 
 
-class TextPreprocessing(_Part):
+class TextPreprocessing(Part):
     """How a text becomes token ids and, where the model reads one, an attention mask.
 
     Attributes:
@@ -175,32 +174,36 @@ class TextPreprocessing(_Part):
 Preprocessing = Annotated[ImagePreprocessing | TextPreprocessing, Field(discriminator="kind")]
 
 
-class Provenance(_Part):
+class Provenance(Part):
     """Where the bundle comes from. For people: nothing is decided by it."""
 
     source: str
     parameters: int | None = Field(default=None, ge=0)
     opset: int | None = None
-    versions: dict[str, str] = {}
-    training: dict[str, Any] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
+    training: dict[str, Any] = Field(default_factory=dict)
+    proof: Proof | None = None
 
 
-class Manifest(_Part):
+class Manifest(Part):
     """All that a server must know about a bundle. Construction checks that its parts fit together.
 
     Attributes:
+        predicates: What the network's own code asks of its tensors on the way to each exit, for people.
         min_batch: The least number of rows that the graphs run with; a smaller batch is padded.
     """
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     name: ModelName
     task: Literal["classification"] = "classification"
     precision: Literal["fp32", "fp16"] = "fp32"
     inputs: tuple[Tensor, ...] = Field(min_length=1)
     carries: tuple[Tensor, ...] = ()
     stages: tuple[Stage, ...] = Field(min_length=1, max_length=4096)
+    shared_weights: SharedWeights | None = None
     exits: tuple[Exit, ...] = Field(min_length=1, max_length=1024)
-    gates: tuple[Gate, ...] = ()
+    predicates: tuple[Predicate, ...] = ()
+    gates: tuple[Gate, ...] = Field(default=(), max_length=1024)
     labels: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
     default_policy: PolicySpec = ConfidenceSpec()
@@ -212,6 +215,25 @@ class Manifest(_Part):
     def tensors(self) -> dict[str, Tensor]:
         """Model inputs and carries by name."""
         return {tensor.name: tensor for tensor in (*self.inputs, *self.carries)}
+
+    @cached_property
+    def native(self) -> NativeRules | None:
+        """The network's own exit rules, one per non-final exit; None if it has none."""
+        rules_N = tuple(exit_.native for exit_ in self.exits[:-1] if exit_.native is not None)
+        return NativeRules(rules_N) if rules_N else None
+
+    @property
+    def scored_gates(self) -> tuple[tuple[int, ...], ...]:
+        """For each stage the gates that it scores, in the order of its scores' columns."""
+        return tuple(
+            tuple(index for index, gate in enumerate(self.gates) if gate.stage == stage)
+            for stage in range(len(self.stages))
+        )
+
+    @property
+    def has_common_classes(self) -> bool:
+        """Whether all exits have as many classes, so that a label of one means the same at another."""
+        return len({exit_.num_classes for exit_ in self.exits}) == 1
 
     @property
     def full_flops(self) -> int:
@@ -232,7 +254,8 @@ class Manifest(_Part):
     def files(self) -> tuple[File, ...]:
         """Every file of the bundle beside the manifest and the calibration."""
         tokenizer = (self.preprocessing.tokenizer,) if isinstance(self.preprocessing, TextPreprocessing) else ()
-        return (*(stage.graph for stage in self.stages), *tokenizer)
+        weights = (self.shared_weights.file,) if self.shared_weights is not None else ()
+        return (*(stage.graph for stage in self.stages), *weights, *tokenizer)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

@@ -37,6 +37,7 @@ class Reason(IntEnum):
     DEPTH_CAP = 8
     DEADLINE = 9
     FINAL = 10
+    NATIVE = 11
 
     @property
     def label(self) -> str:
@@ -203,6 +204,26 @@ class Fixed(Policy):
     def __call__(self, seen: Seen) -> IntArray:
         mask_B = np.broadcast_to(seen.exit_index >= self.exit_R, len(seen.class_BK))
         return _fired(mask_B, Reason.DEPTH_CAP)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Native(_Threshold):
+    """Leave where the network itself would have returned: its own predicate, its threshold a knob where it has one.
+
+    A rule compares the exit's native score with a threshold from above or below; `sign * score >= bar` says both, and
+    `offramp_contract.native` makes the bar such that the comparison equals the network's own in its own precision.
+    """
+
+    kind: ClassVar[str] = "native"
+    sign_RN: FloatArray
+    bar_RN: FloatArray
+
+    def __call__(self, seen: Seen) -> IntArray:
+        native_B = seen.decision.native_B
+        if native_B is None:
+            return np.zeros(len(seen.class_BK), dtype=np.int8)
+        at = seen.exit_index
+        return _fired(self.sign_RN[:, at] * native_B >= self.bar_RN[:, at], Reason.NATIVE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

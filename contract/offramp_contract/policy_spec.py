@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from offramp_contract.errors import InvalidValue
+from offramp_contract.native import NativeRules
 from offramp_contract.policy import (
     Agreement,
     AllOf,
@@ -49,6 +50,7 @@ def _number(value: object) -> object:
 
 Share: TypeAlias = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False), BeforeValidator(_number)]
 Thresholds: TypeAlias = Share | Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_EXITS)]
+Number: TypeAlias = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 Count: TypeAlias = Annotated[int, Field(ge=1, le=MAX_EXITS), BeforeValidator(_number)]
 ExitIndex: TypeAlias = Annotated[int, Field(ge=0, lt=MAX_EXITS), BeforeValidator(_number)]
 
@@ -113,6 +115,13 @@ class FixedSpec(_Spec):
     exit: ExitIndex
 
 
+class NativeSpec(_Spec):
+    """Leave where the network itself would have returned; its own thresholds hold where none is given."""
+
+    kind: Literal["native"] = "native"
+    threshold: Number | Annotated[tuple[Number | None, ...], Field(min_length=1, max_length=MAX_EXITS)] | None = None
+
+
 class _CombinationSpec(_Spec):
     of: tuple["PolicySpec", ...] = Field(min_length=1, max_length=MAX_MEMBERS)
 
@@ -152,6 +161,7 @@ PolicySpec: TypeAlias = Annotated[
     | PatienceSpec
     | WindowSpec
     | FixedSpec
+    | NativeSpec
     | AllOfSpec
     | AnyOfSpec,
     Field(discriminator="kind"),
@@ -160,7 +170,10 @@ AllOfSpec.model_rebuild()
 AnyOfSpec.model_rebuild()
 _ADAPTER: TypeAdapter[PolicySpec] = TypeAdapter(PolicySpec)
 
-KINDS = ("confidence", "entropy", "margin", "patience", "agreement", "window", "fixed", "all_of", "any_of")
+COMPARING_KINDS = ("patience", "agreement")
+"""Policies that compare what one exit answers with what another does."""
+
+KINDS = ("confidence", "entropy", "margin", "patience", "agreement", "window", "fixed", "native", "all_of", "any_of")
 
 
 def parse_policy(policy: object, threshold: object = None, patience: object = None) -> PolicySpec:
@@ -212,13 +225,23 @@ def _sentence(error: ValidationError) -> tuple[str, str]:
     return f"{field}: {message[0].lower()}{message[1:]}", field
 
 
-@lru_cache(maxsize=4096)
-def compile_policy(spec: PolicySpec, num_exits: int) -> Policy:
+def compile_policy(spec: PolicySpec, num_exits: int, native: NativeRules | None = None) -> Policy:
     """Turn a spec into its callable for a network of `num_exits` exits.
 
+    Args:
+        spec: What is written down.
+        num_exits: Number of exits of the network.
+        native: The network's own exit rules (`Manifest.native`); None if it has none.
+
     Raises:
-        InvalidValue: If a threshold list is not one per non-final exit, or a fixed exit does not exist.
+        InvalidValue: If a threshold list is not one per non-final exit, a fixed exit does not exist, or the network has
+            no rules, or no thresholds, of its own where they are asked for.
     """
+    return _compiled(spec, num_exits, native)
+
+
+@lru_cache(maxsize=4096)
+def _compiled(spec: PolicySpec, num_exits: int, native: NativeRules | None) -> Policy:
     match spec:
         case ConfidenceSpec():
             return Confidence(_thresholds(spec.threshold, num_exits))
@@ -236,34 +259,57 @@ def compile_policy(spec: PolicySpec, num_exits: int) -> Policy:
             if spec.exit >= num_exits:
                 raise InvalidValue(f"exit: must be 0 to {num_exits - 1}, the exits of this model", field="exit")
             return Fixed(_row(spec.exit))
+        case NativeSpec():
+            if native is None:
+                raise InvalidValue("policy: this model has no exit rules of its own; name another kind", field="policy")
+            return native.policy(spec.threshold)
         case AllOfSpec():
-            return AllOf(tuple(compile_policy(member, num_exits) for member in spec.of))
+            return AllOf(tuple(_compiled(member, num_exits, native) for member in spec.of))
         case AnyOfSpec():
-            return AnyOf(tuple(compile_policy(member, num_exits) for member in spec.of))
+            return AnyOf(tuple(_compiled(member, num_exits, native) for member in spec.of))
 
 
-def without_exits(spec: PolicySpec, dropped: Collection[int], num_exits: int) -> PolicySpec:
+def compares_labels(spec: PolicySpec) -> bool:
+    """Tell whether a policy compares the answers of several exits, which must have the same classes for that."""
+    return spec.kind in COMPARING_KINDS or any(map(compares_labels, getattr(spec, "of", ())))
+
+
+def without_exits(
+    spec: PolicySpec, dropped: Collection[int], num_exits: int, native: NativeRules | None = None
+) -> PolicySpec:
     """Give the policy that does the same in a network that lacks some of the exits.
 
-    A list loses the dropped exits' thresholds; a fixed exit that is dropped gives way to the next one that stays.
+    A list loses the dropped exits' thresholds; a fixed exit that is dropped gives way to the next one that stays; where
+    no exit with a rule of the network's own is left, the final exit answers.
 
     Args:
         spec: A policy for a network of `num_exits` exits.
         dropped: Which exits go, 0-based; the final exit cannot.
         num_exits: How many there were.
+        native: The network's own exit rules before.
 
     Raises:
         InvalidValue: If the spec does not fit `num_exits` exits.
     """
-    compile_policy(spec, num_exits)
+    compile_policy(spec, num_exits, native)
     match spec:
         case ConfidenceSpec() | EntropySpec() | MarginSpec() | AgreementSpec() if isinstance(spec.threshold, tuple):
             kept = tuple(value for index, value in enumerate(spec.threshold) if index not in dropped)
             return spec.model_copy(update={"threshold": kept or spec.threshold[0]})
+        case NativeSpec() if len(set(dropped)) == num_exits - 1:
+            return FixedSpec(exit=0)
+        case NativeSpec() if isinstance(spec.threshold, tuple):
+            chosen = tuple(value for index, value in enumerate(spec.threshold) if index not in dropped)
+            return NativeSpec(threshold=chosen)
+        case NativeSpec() if spec.threshold is not None and native is not None:
+            # A number speaks for the exits that have a knob; what stays may have none.
+            left = native.without_exits(dropped)
+            has_knob = left is not None and any(rule.is_knob for rule in left.rules_N)
+            return spec if has_knob else NativeSpec()
         case FixedSpec():
             return FixedSpec(exit=spec.exit - sum(index < spec.exit for index in set(dropped)))
         case AllOfSpec() | AnyOfSpec():
-            members = tuple(without_exits(member, dropped, num_exits) for member in spec.of)
+            members = tuple(without_exits(member, dropped, num_exits, native) for member in spec.of)
             return spec.model_copy(update={"of": members})
         case _:
             return spec

@@ -4,8 +4,9 @@ Every stage graph that ends in an exit emits one packed float32 tensor, its *dec
 
     log_odds, entropy, margin, p_(1) .. p_(K), class_(1) .. class_(K)        K = min(C, MAX_TOP)
 
-so that what leaves the accelerator is a few numbers per row, not C logits. The graphs compute it (the one source);
-`decision_of_logits` defines the same numbers in numpy and is the tests' and the exporter's oracle.
+so that what leaves the accelerator is a few numbers per row, not C logits. Where the network has a rule of its own for
+leaving at the exit, one more column holds that rule's score, and the width is even. The graphs compute it (the one
+source); `decision_of_logits` defines the same numbers in numpy and is the tests' and the exporter's oracle.
 
 Shapes: B = batch, C = classes, K = leading classes kept.
 """
@@ -29,9 +30,9 @@ def num_top(num_classes: int) -> int:
     return min(num_classes, MAX_TOP)
 
 
-def decision_width(num_classes: int) -> int:
-    """Count the columns of a decision tensor for an exit of `num_classes` classes."""
-    return FIRST_TOP + 2 * num_top(num_classes)
+def decision_width(num_classes: int, has_native: bool = False) -> int:
+    """Count the columns of a decision tensor for an exit of `num_classes` classes, with or without a native score."""
+    return FIRST_TOP + 2 * num_top(num_classes) + has_native
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Decision:
     """A decision tensor with its columns named; every property is a view.
 
     Attributes:
-        packed_BD: float32, shape (B, 3 + 2K), laid out as the module says.
+        packed_BD: float32, shape (B, 3 + 2K) or (B, 3 + 2K + 1), laid out as the module says.
     """
 
     packed_BD: FloatArray
@@ -67,12 +68,17 @@ class Decision:
     @property
     def top_class_BK(self) -> IntArray:
         """The classes of `top_probability_BK`, int32 (exact in float32 up to 2^24 classes)."""
-        return self.packed_BD[:, self._first_class :].astype(np.int32)
+        return self.packed_BD[:, self._first_class : 2 * self._first_class - FIRST_TOP].astype(np.int32)
 
     @property
     def class_B(self) -> IntArray:
         """The predicted class of each row, int32."""
         return self.packed_BD[:, self._first_class].astype(np.int32)
+
+    @property
+    def native_B(self) -> FloatArray | None:
+        """The score of the network's own exit rule, never NaN; None where the exit has none."""
+        return self.packed_BD[:, -1] if self.packed_BD.shape[1] % 2 == 0 else None
 
     @property
     def is_finite_B(self) -> BoolArray:

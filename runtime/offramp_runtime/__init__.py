@@ -2,15 +2,18 @@
 
 from offramp_runtime.bundle import Bundle, open_bundle
 from offramp_runtime.device import Device, DeviceTensor, open_device
-from offramp_runtime.execute import StageExecutor, StageOutput, run_all_exits
+from offramp_runtime.execute import StageExecutor, StageOutput
+from offramp_runtime.whole import Outcome, run_all_exits, run_gated
 
 __all__ = [
     "Bundle",
     "Device",
     "DeviceTensor",
+    "Outcome",
     "StageExecutor",
     "StageOutput",
     "open_bundle",
     "open_device",
     "run_all_exits",
+    "run_gated",
 ]

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offramp_contract.calibration import Calibration, read_calibration
-from offramp_contract.errors import ManifestError
 from offramp_contract.files import BundleFiles, open_files
 from offramp_contract.manifest import File, Manifest, read_manifest, read_verified
+
+from offramp_runtime.weights import SharedArrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,11 @@ class Bundle:
         """Read a file that the manifest names, its digest checked."""
         return read_verified(self.files, file)
 
+    def shared_arrays(self) -> SharedArrays:
+        """Read the weights that several graphs read, their digest checked again."""
+        described = self.manifest.shared_weights
+        return SharedArrays(described, b"" if described is None else self.read(described.file))
+
     @property
     def graphs(self) -> tuple[bytes, ...]:
         """Every stage's ONNX graph, in order."""
@@ -47,8 +53,8 @@ def open_bundle(path: Path) -> Bundle:
     """
     files = open_files(path)
     manifest = read_manifest(files)
-    if manifest.gates:
-        raise ManifestError(f"bundle {manifest.name!r} has gated stages, which this Offramp does not run")
     for file in manifest.files:
-        read_verified(files, file)
+        content = read_verified(files, file)
+        if manifest.shared_weights is not None and file == manifest.shared_weights.file:
+            SharedArrays(manifest.shared_weights, content)
     return Bundle(manifest, read_calibration(files, manifest), files)

@@ -19,6 +19,7 @@ from offramp_contract.errors import DeviceUnavailable, ManifestError
 
 from offramp_runtime.gather import FLOAT32, gather_graph
 from offramp_runtime.sessions import create_session
+from offramp_runtime.weights import Weights
 
 DeviceTensor: TypeAlias = Any
 
@@ -35,8 +36,13 @@ class Device(ABC):
     threads: int
 
     @abstractmethod
-    def load(self, graph: bytes, name: str) -> ort.InferenceSession:
+    def load(self, graph: bytes, name: str, shared: Weights | None = None) -> ort.InferenceSession:
         """Create a session on this device.
+
+        Args:
+            graph: A serialised ONNX model that holds all its data.
+            name: For messages.
+            shared: Initializers whose data in the graph is the same as these arrays'; a device that can, uses these.
 
         Raises:
             ManifestError: If ONNX Runtime refuses the graph.
@@ -87,9 +93,9 @@ class CpuDevice(Device):
         self.name = "cpu"
         self.threads = threads
 
-    def load(self, graph: bytes, name: str) -> ort.InferenceSession:
-        """Create a session; see `Device.load`."""
-        return create_session(graph, name, ["CPUExecutionProvider"], self.threads)
+    def load(self, graph: bytes, name: str, shared: Weights | None = None) -> ort.InferenceSession:
+        """Create a session that reads shared weights where they lie; see `Device.load`."""
+        return create_session(graph, name, ["CPUExecutionProvider"], self.threads, shared=shared)
 
     def upload(self, array: np.ndarray) -> DeviceTensor:
         """Give the array itself, made contiguous."""
@@ -132,8 +138,9 @@ class OrtValueDevice(Device):
         self._kind, self._index, self._provider = kind, index, provider
         self._gather_sessions: dict[tuple[int, int], ort.InferenceSession] = {}
 
-    def load(self, graph: bytes, name: str) -> ort.InferenceSession:
-        """Create a session and read its providers back; see `Device.load`."""
+    def load(self, graph: bytes, name: str, shared: Weights | None = None) -> ort.InferenceSession:
+        """Create a session and read its providers back; see `Device.load`. Each has its own copy of the weights."""
+        del shared
         return self._load(graph, name, self.threads)
 
     def _load(self, graph: bytes, name: str, threads: int) -> ort.InferenceSession:

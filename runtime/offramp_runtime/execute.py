@@ -14,6 +14,7 @@ from offramp_contract.statistics import FloatArray, decision_width
 
 from offramp_runtime.bundle import Bundle
 from offramp_runtime.device import Device, DeviceTensor
+from offramp_runtime.weights import SharedArrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,13 @@ class StageOutput:
         carries: The carries it emits, by name, on the device.
         logits: The exit's raw scores (B, C), on the device; None if the stage ends in no exit.
         decision_BD: The exit's packed statistics, on the host (`offramp_contract.statistics`).
+        scores_BK: The scores of the gates that the stage decides, on the host; None if it decides none.
     """
 
     carries: dict[str, DeviceTensor]
-    logits: DeviceTensor | None
-    decision_BD: FloatArray | None
+    logits: DeviceTensor | None = None
+    decision_BD: FloatArray | None = None
+    scores_BK: FloatArray | None = None
 
 
 class StageExecutor:
@@ -40,7 +43,10 @@ class StageExecutor:
     def __init__(self, bundle: Bundle, device: Device) -> None:
         self.manifest = bundle.manifest
         self.device = device
-        self._sessions = [device.load(bundle.graph(i), stage.name) for i, stage in enumerate(self.manifest.stages)]
+        shared = bundle.shared_arrays()
+        self._sessions = [
+            _load(device, shared, bundle.graph(i), stage.name) for i, stage in enumerate(self.manifest.stages)
+        ]
         for stage, session in zip(self.manifest.stages, self._sessions, strict=True):
             _check_graph(self.manifest, stage, session)
         temperatures = (np.array(value, dtype=np.float32) for value in bundle.calibration.temperatures)
@@ -54,35 +60,25 @@ class StageExecutor:
             carries: A tensor of this device per name in the stage's `inputs`, all with the same number of rows.
         """
         stage = self.manifest.stages[stage_index]
+        exit_ = None if stage.exit is None else self.manifest.exits[stage.exit]
         feeds = {name: carries[name] for name in stage.inputs}
-        session = self._sessions[stage_index]
-        if stage.exit is None:
-            values, _ = self.device.run(session, feeds, stage.outputs, ())
-            return StageOutput(dict(zip(stage.outputs, values, strict=True)), None, None)
-        exit_ = self.manifest.exits[stage.exit]
-        feeds[exit_.temperature] = self._temperatures[stage.exit]
-        values, (decision_BD,) = self.device.run(session, feeds, (*stage.outputs, exit_.logits), (exit_.decision,))
-        return StageOutput(dict(zip(stage.outputs, values[:-1], strict=True)), values[-1], decision_BD)
+        kept, host = [*stage.outputs], [] if stage.scores is None else [stage.scores]
+        if exit_ is not None and stage.exit is not None:
+            feeds[exit_.temperature] = self._temperatures[stage.exit]
+            kept.append(exit_.logits)
+            host.append(exit_.decision)
+        values, told = self.device.run(self._sessions[stage_index], feeds, kept, host)
+        return StageOutput(
+            carries=dict(zip(stage.outputs, values, strict=False)),
+            logits=None if exit_ is None else values[-1],
+            decision_BD=None if exit_ is None else told[-1],
+            scores_BK=None if stage.scores is None else told[0],
+        )
 
 
-def run_all_exits(executor: StageExecutor, inputs: Mapping[str, np.ndarray]) -> list[tuple[FloatArray, FloatArray]]:
-    """Run a batch through every stage.
-
-    Args:
-        executor: The loaded bundle.
-        inputs: One array per model input, batch first.
-
-    Returns:
-        Per exit its logits (B, C) and packed decision (B, D), on the host.
-    """
-    carries: dict[str, DeviceTensor] = {name: executor.device.upload(array) for name, array in inputs.items()}
-    exits = []
-    for index in range(len(executor.manifest.stages)):
-        output = executor.run(index, carries)
-        carries |= output.carries
-        if output.decision_BD is not None:
-            exits.append((executor.device.download(output.logits), output.decision_BD))
-    return exits
+def _load(device: Device, shared: SharedArrays, graph: bytes, name: str) -> ort.InferenceSession:
+    filled, lent = shared.fill(graph, name)
+    return device.load(filled, name, lent)
 
 
 def _check_graph(manifest: Manifest, stage: Stage, session: ort.InferenceSession) -> None:
@@ -90,22 +86,34 @@ def _check_graph(manifest: Manifest, stage: Stage, session: ort.InferenceSession
     tensors = manifest.tensors
     expected = {name: (_onnx_type(tensors[name].dtype), tensors[name].shape) for name in stage.inputs}
     outputs = {name: (_onnx_type(tensors[name].dtype), tensors[name].shape) for name in stage.outputs}
+    if stage.scores is not None:
+        num_scored = sum(gate.stage == manifest.stages.index(stage) for gate in manifest.gates)
+        outputs[stage.scores] = (_onnx_type("float32"), (num_scored,))
     if stage.exit is not None:
         exit_ = manifest.exits[stage.exit]
         outputs[exit_.logits] = (_onnx_type("float32"), (exit_.num_classes,))
-        outputs[exit_.decision] = (_onnx_type("float32"), (decision_width(exit_.num_classes),))
+        outputs[exit_.decision] = (
+            _onnx_type("float32"),
+            (decision_width(exit_.num_classes, exit_.native is not None),),
+        )
         temperature = next((value for value in session.get_inputs() if value.name == exit_.temperature), None)
         if temperature is None or temperature.shape != [] or temperature.type != _onnx_type("float32"):
             raise ManifestError(f"graph of {stage.name!r}: {exit_.temperature!r} must be a scalar float32 input")
         actual = [value for value in session.get_inputs() if value.name != exit_.temperature]
     else:
         actual = session.get_inputs()
-    _check_signature(stage.name, "input", expected, actual)
-    _check_signature(stage.name, "output", outputs, session.get_outputs())
+    is_one_row = manifest.max_batch == 1
+    _check_signature(stage.name, "input", expected, actual, is_one_row=is_one_row)
+    _check_signature(stage.name, "output", outputs, session.get_outputs(), is_one_row=is_one_row)
 
 
 def _check_signature(
-    stage: str, side: str, expected: dict[str, tuple[str, tuple[int, ...]]], actual: list[ort.NodeArg]
+    stage: str,
+    side: str,
+    expected: dict[str, tuple[str, tuple[int, ...]]],
+    actual: list[ort.NodeArg],
+    *,
+    is_one_row: bool,
 ) -> None:
     names = {value.name for value in actual}
     if names != set(expected):
@@ -116,7 +124,7 @@ def _check_signature(
         fits = len(row) == len(row_shape) and all(
             not isinstance(size, int) or size == wanted for size, wanted in zip(row, row_shape, strict=True)
         )
-        if value.type != kind or not fits or isinstance(batch, int):
+        if value.type != kind or not fits or (isinstance(batch, int) and not (is_one_row and batch == 1)):
             raise ManifestError(
                 f"graph of {stage!r}: {side} {value.name!r} is {value.type} {value.shape}, "
                 f"the manifest says {kind} [batch, {', '.join(map(str, row_shape))}]"

@@ -171,6 +171,7 @@ def test_an_invalid_calibration_is_refused_by_name(
         ({"policy": {"kind": "confidence", "threshold": [0.5, 0.5]}}, "one number per non-final exit"),
         ({"policy": {"kind": "nonsense"}}, "policy"),
         ({"exit_rates": [1.0]}, "2 exits need as many exit rates"),
+        ({"gate_threshold": 0.5}, "has a gate threshold, but the model has no gates"),
     ],
 )
 def test_an_operating_point_that_does_not_fit_the_model_is_refused(

@@ -92,9 +92,9 @@ def test_the_digest_changes_with_every_single_value(gated: dict[str, Any]) -> No
     assert num_changed > 20
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, 1.5, [1]])
+@pytest.mark.parametrize("version", [3, 1, 0, "2", None, 2.5, [2]])
 def test_a_format_from_the_future_is_refused_by_name(written: dict[str, Any], version: object) -> None:
-    with pytest.raises(UnsupportedFormat, match=r"bundle format .* is not known here; this Offramp reads 1"):
+    with pytest.raises(UnsupportedFormat, match=r"bundle format .* is not known here; this Offramp reads 2"):
         read(written | {"format_version": version})
 
 
@@ -106,7 +106,7 @@ def test_a_manifest_without_a_version_is_refused(written: dict[str, Any]) -> Non
 
 def test_a_future_format_is_named_before_its_unknown_fields(written: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedFormat):
-        read(written | {"format_version": 2, "experts": []})
+        read(written | {"format_version": 3, "experts": []})
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_an_unknown_field_is_refused_by_name(written: dict[str, Any], path: tupl
         (("preprocessing", "std"), [0.0], "std above 0"),
         (("preprocessing", "mean"), [float("nan")], "preprocessing.image.mean.0"),
         (("preprocessing", "std"), [float("inf")], "preprocessing.image.std.0"),
-        (("stages", 1, "merges"), [{"run": "h1", "skip": "h0"}], "has another shape or dtype"),
-        (("stages", 1, "gate"), 0, "names gate 0, which no earlier stage scores"),
+        (("stages", 1, "merges"), [{"run": "h1", "skip": "h0"}], "has merges but no gate"),
+        (("stages", 1, "gates"), [0], "names gate 0, which no earlier stage scores"),
     ],
 )
 def test_an_inconsistency_is_refused_by_name(
@@ -216,21 +216,29 @@ def test_a_path_inside_the_folder_is_accepted(written: dict[str, Any], path: str
     assert read(with_leaf(written, ("stages", 0, "graph", "path"), path)).stages[0].graph.path == path
 
 
-def test_the_gated_stages_of_a_later_format_are_described_already(gated: dict[str, Any]) -> None:
+def test_gated_stages_are_described(gated: dict[str, Any]) -> None:
     manifest = read(gated)
-    assert manifest.stages[1].gate == 0
+    assert manifest.stages[1].gates == (0,)
     assert (manifest.stages[1].merges[0].run, manifest.stages[1].merges[0].skip) == ("h0_after_body", "h0")
-    assert manifest.gates[0].score == "g0"
+    assert manifest.scored_gates == ((0,), (), (), ())
 
 
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        (("stages", 1, "gate"), 1, "names gate 1, which no earlier stage scores"),
-        (("gates", 0, "stage"), 1, "names gate 0, which no earlier stage scores"),
-        (("stages", 1, "gate"), None, "has merges but no gate"),
-        (("stages", 1, "merges"), [], "its merges do not cover its outputs"),
-        (("stages", 1, "merges", 0, "run"), "h1", "another shape or dtype"),
+        (("stages", 1, "gates"), [1], "names gate 1, which no earlier stage scores"),
+        (("gates", 0, "stage"), 1, "do not agree on whether it scores any"),
+        (("gates", 0, "stage"), 9, "names stage 9, which is not there"),
+        (("gates", 0, "stage"), None, "needs either a stage that scores it or a priority"),
+        (("gates", 0, "priority"), 0.5, "needs either a stage that scores it or a priority"),
+        (("gates", 0, "priority"), 1.5, "gates.0.priority"),
+        (("stages", 0, "scores"), None, "do not agree on whether it scores any"),
+        (("stages", 2, "scores"), "more", "do not agree on whether it scores any"),
+        (("stages", 1, "gates"), [], "has merges but no gate"),
+        (("stages", 2, "merges"), [{"run": "h1", "skip": "h0"}], "has merges but no gate"),
+        (("stages", 3, "gates"), [0], "is gated and ends in an exit"),
+        (("stages", 2, "inputs"), ["h0_after_body"], None),
+        (("stages", 1, "merges", 0, "run"), "h1", "merges 'h1', which is not among its outputs"),
         (("stages", 1, "merges", 0, "skip"), "h1", "merges with 'h1', which no earlier stage writes"),
         (("stages", 1, "merges", 0, "skip"), "nothing", "merges with 'nothing'"),
         (("stages", 1, "merges", 0, "skip"), "x", "another shape or dtype"),
@@ -239,10 +247,46 @@ def test_the_gated_stages_of_a_later_format_are_described_already(gated: dict[st
     ],
 )
 def test_a_gate_that_does_not_fit_its_stages_is_refused_by_name(
-    gated: dict[str, Any], path: tuple[str | int, ...], value: object, says: str
+    gated: dict[str, Any], path: tuple[str | int, ...], value: object, says: str | None
 ) -> None:
+    changed = with_leaf(gated, path, value)
+    if says is None:
+        assert read(changed)
+        return
     with pytest.raises(ManifestError, match=says):
-        read(with_leaf(gated, path, value))
+        read(changed)
+
+
+def test_a_gate_decides_over_something(gated: dict[str, Any]) -> None:
+    gated["gates"].append({"name": "idle", "stage": None, "priority": 0.5})
+    with pytest.raises(ManifestError, match="gate 'idle' decides over no stage"):
+        read(gated)
+
+
+def test_what_a_later_stage_reads_must_exist_where_the_body_does_not_run(gated: dict[str, Any]) -> None:
+    gated["stages"][1]["merges"] = []
+    gated["stages"][2]["inputs"] = ["h0_after_body"]
+    with pytest.raises(ManifestError, match="reads 'h0_after_body', which nothing stands for"):
+        read(gated)
+
+
+def test_a_body_inside_another_needs_no_merge_for_what_only_it_reads(gated: dict[str, Any]) -> None:
+    """Gate 1 lies inside the body of gate 0, whose first part it reads."""
+    gated["carries"] += [{"name": name, "dtype": "float32", "shape": [5]} for name in ("inside", "inner")]
+    first, rest = gated["stages"][1], gated["stages"][2:]
+    first |= {"outputs": ["inside"], "merges": [], "scores": "inner_scores"}
+    inner = {**first, "name": "inner", "inputs": ["inside"], "outputs": ["inner"], "gates": [0, 1], "scores": None}
+    inner["merges"] = [{"run": "inner", "skip": "inside"}]
+    last = {**first, "name": "last", "inputs": ["inner"], "outputs": ["h0_after_body"], "scores": None}
+    last["merges"] = [{"run": "h0_after_body", "skip": "h0"}]
+    gated["stages"] = [gated["stages"][0], first, inner, last, *rest]
+    gated["exits"][1]["stage"] = 5
+    gated["gates"].append({"name": "gate_1", "stage": 1, "priority": None, "threshold": 0.5})
+    assert read(gated)
+
+    inner["gates"] = [1]
+    with pytest.raises(ManifestError, match="is behind gate 'gate_1', but not behind the gates that one is behind"):
+        read(gated)
 
 
 def test_depths_are_the_share_of_flops_run_when_a_row_stands_at_each_exit(written: dict[str, Any]) -> None:

@@ -310,5 +310,5 @@ def test_only_the_deadline_forces_an_exit() -> None:
     assert [reason for reason in Reason if reason.is_forced] == [Reason.DEADLINE]
     assert {reason.label for reason in Reason} == {
         *("continue", "confident", "entropy", "margin", "patience", "learned", "agreement", "window"),
-        *("depth_cap", "deadline", "final"),
+        *("depth_cap", "deadline", "final", "native"),
     }

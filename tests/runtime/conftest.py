@@ -111,7 +111,7 @@ def describe(exit_of_stage: list[int | None], graphs: list[ModelProto]) -> dict[
         for k in range(3)
     ]
     return {
-        "format_version": 1,
+        "format_version": 2,
         "name": "dense",
         "stages": stages,
         "exits": exits,

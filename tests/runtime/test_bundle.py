@@ -69,7 +69,7 @@ def swap_two_graphs(folder: Path) -> None:
 
 
 def come_from_the_future(folder: Path) -> None:
-    rewrite(folder, lambda manifest: manifest.update(format_version=2))
+    rewrite(folder, lambda manifest: manifest.update(format_version=3))
 
 
 def escape(folder: Path) -> None:
@@ -91,7 +91,7 @@ def escape_through_a_linked_folder(folder: Path) -> None:
 
 
 def add_a_gate(folder: Path) -> None:
-    gate = {"name": "gate_0", "stage": 0, "score": "g"}
+    gate = {"name": "gate_0", "stage": 0}
     rewrite(folder, lambda manifest: manifest.update(gates=[gate]))
 
 
@@ -116,12 +116,12 @@ FLAWS: list[tuple[Callable[[Path], None], type[BundleError], str]] = [
     (alter_a_graph, DigestMismatch, r"'stages/01\.onnx' does not have the sha256"),
     (empty_a_graph, DigestMismatch, r"'stages/03\.onnx' does not have the sha256"),
     (swap_two_graphs, DigestMismatch, r"'stages/00\.onnx' does not have the sha256"),
-    (come_from_the_future, UnsupportedFormat, "bundle format 2 is not known here"),
+    (come_from_the_future, UnsupportedFormat, "bundle format 3 is not known here"),
     (escape, ManifestError, "leaves the bundle's folder"),
     (escape_absolutely, ManifestError, "leaves the bundle's folder"),
     (escape_through_a_link, ManifestError, "leaves the bundle's folder"),
     (escape_through_a_linked_folder, ManifestError, "leaves the bundle's folder"),
-    (add_a_gate, ManifestError, "has gated stages, which this Offramp does not run"),
+    (add_a_gate, ManifestError, "do not agree on whether it scores any"),
     (lose_the_manifest, ManifestError, r"holds no manifest\.json"),
     (break_the_manifest, ManifestError, r"manifest\.json is not JSON"),
     (rename_the_model, DigestMismatch, r"calibration\.json was made for another model"),
