@@ -1,4 +1,4 @@
-"""`offramp models`: what can be chosen for a training: networks, exits, methods and data sets."""
+"""`offramp models`: what can be chosen for a training: networks, exits, gates, methods and data sets."""
 
 import inspect
 from typing import TYPE_CHECKING
@@ -12,14 +12,16 @@ if TYPE_CHECKING:
 
 
 def models() -> None:
-    """List the networks that can be trained here, what their exits can be made of, the methods and the data sets."""
+    """List the networks that can be trained here, what their exits and gates can be, the methods and the data sets."""
     from offramp_models import DATA_SETS
     from offramp_models.exits import EXITS
+    from offramp_models.gates import GATES, RELAXATIONS
     from offramp_models.networks import NETWORKS, plan_network
     from offramp_models.training import METHODS
 
     stdout.print(_networks([plan_network(name) for name in sorted(NETWORKS)]))
-    for heading, things in (("exits", EXITS), ("method", METHODS)):
+    described = (("exits", EXITS), ("gates", GATES), ("gate relaxation", RELAXATIONS), ("method", METHODS))
+    for heading, things in described:
         table = Table(heading, "what it is", box=None, pad_edge=False)
         for name, thing in sorted(things.items()):
             table.add_row(name, _first_line(thing.__doc__))
@@ -29,7 +31,9 @@ def models() -> None:
         table.add_row(name, _first_line(getattr(inspect.getmodule(load), "__doc__", "")))
     stdout.print("", table)
     for name in sorted(NETWORKS):
-        stdout.print(f"\n[bold]{name}[/] --knob", _knobs(plan_network(name)), highlight=False, soft_wrap=True)
+        plan = plan_network(name)
+        gates = "" if plan.gates is None else f" --gates {plan.gates}"
+        stdout.print(f"\n[bold]{name}[/]{gates} --knob", _knobs(plan), highlight=False, soft_wrap=True)
 
 
 def _networks(plans: "list[NetworkPlan]") -> Table:

@@ -14,7 +14,7 @@ from offramp_cli.errors import CommandError
 if TYPE_CHECKING:
     from offramp_models.data import ImageDataSet
     from offramp_models.networks import NetworkPlan
-    from offramp_models.training import Checkpoint, Epoch, TrainingRecord, TrainingSettings
+    from offramp_models.training import Checkpoint, Epoch, GateUse, TrainingRecord, TrainingSettings
     from torch import nn
 
 
@@ -24,6 +24,9 @@ def train(
     network: Annotated[str, typer.Option(help="One of `offramp models`.")] = "multi_exit_cnn",
     exits: Annotated[
         str | None, typer.Option(help="What its exits are made of; unset: the network's own kind.")
+    ] = None,
+    gates: Annotated[
+        str | None, typer.Option(help="What scores its gates, if it has gates; unset: the network's own kind.")
     ] = None,
     knob: Annotated[
         list[str] | None, typer.Option(help="A size of the network: blocks=2, widths=8,16,32. As often as needed.")
@@ -35,8 +38,17 @@ def train(
             help="Folder of the data set's files; unset: that of OFFRAMP_DATA, else they are downloaded once."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="How the exits share the training; see `offramp models`.")] = "weighted",
+    method: Annotated[str, typer.Option(help="How exits and gates learn; see `offramp models`.")] = "weighted",
     exit_weights: Annotated[str, typer.Option(help="What each exit's loss counts: `0.5,1,1,2`. Empty: all 1.")] = "",
+    gate_relaxation: Annotated[
+        str, typer.Option(help="How gates decide while they learn; empty: as the network's paper has it.")
+    ] = "",
+    gate_target: Annotated[
+        float, typer.Option(help="Share of the images a gate is to open for, or of the FLOPs to run: from 0 to 1.")
+    ] = 0.6,
+    gate_weight: Annotated[
+        float, typer.Option(help="What the gates' target, or the cost of open ones, counts beside the loss.")
+    ] = 1.0,
     policy: Annotated[
         str | None, typer.Option(help="Policy to export with, unless told otherwise then: a kind, or a policy's JSON.")
     ] = None,
@@ -52,19 +64,18 @@ def train(
     checkpoint: Annotated[Path | None, typer.Option(help="Keep the training in this file after every epoch.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")] = False,
 ) -> None:
-    """Train a network with all its exits jointly, and measure every exit on the test images."""
-    from offramp_models.training import TrainingSettings
-
-    settings = TrainingSettings(
+    """Train a network with all its exits and gates jointly, and measure them on the test images."""
+    settings = _settings(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, method=method,
         exit_weights=_numbers(exit_weights), seed=seed, device=device, bfloat16=bfloat16,
+        gate_relaxation=gate_relaxation, gate_target=gate_target, gate_weight=gate_weight,
     )  # fmt: skip
     chosen = None if policy is None else read_policy(policy)
     kept = _checkpoint(checkpoint, resume)
     out.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is better known before the training
     try:
         plan, images = _plan(
-            network=network, exits=exits, knobs=_knobs(knob or []), data=data, seed=seed, data_dir=data_dir
+            network=network, exits=exits, gates=gates, knobs=_knobs(knob or []), data=data, seed=seed, data_dir=data_dir
         )
         trained = plan.build(seed)
         record = fit(trained, images, settings, threads, kept)
@@ -78,16 +89,35 @@ def train(
     stdout.print(f"\nweights: {out}   record: {record_path(out)}", soft_wrap=True, highlight=False)
 
 
+def _settings(**chosen: Any) -> "TrainingSettings":
+    from offramp_models.training import TrainingSettings
+
+    try:
+        return TrainingSettings(**chosen)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
 def _plan(
-    *, network: str, exits: str | None, knobs: Mapping[str, object], data: str, seed: int, data_dir: Path | None
+    *,
+    network: str,
+    exits: str | None,
+    gates: str | None,
+    knobs: Mapping[str, object],
+    data: str,
+    seed: int,
+    data_dir: Path | None,
 ) -> "tuple[NetworkPlan, ImageDataSet]":
     from offramp_models import load_data
     from offramp_models.networks import plan_network
 
-    plan_network(network, exits=exits, knobs=knobs)  # a mistake is better known before the data is downloaded
+    plan_network(
+        network, exits=exits, knobs=knobs, gates=gates
+    )  # a mistake is better known before the data is downloaded
     images = load_data(data, seed, data_dir)
     shape, num_classes = images.input_shape, len(images.label_names)
-    return plan_network(network, exits=exits, input_shape=shape, num_classes=num_classes, knobs=knobs), images
+    plan = plan_network(network, exits=exits, input_shape=shape, num_classes=num_classes, knobs=knobs, gates=gates)
+    return plan, images
 
 
 def fit(
@@ -119,11 +149,16 @@ def fit(
 
 
 def _show_epoch(epoch: "Epoch") -> None:
+    use = "" if epoch.gates is None else f"{_use(epoch.gates)}, "
     stderr.print(
-        f"epoch {epoch.index} of {epoch.total}: loss {epoch.loss:.3f}, {epoch.seconds:.0f} s, "
+        f"epoch {epoch.index} of {epoch.total}: loss {epoch.loss:.3f}, {use}{epoch.seconds:.0f} s, "
         f"{epoch.seconds_left:.0f} s left",
         highlight=False,
     )
+
+
+def _use(gates: "GateUse") -> str:
+    return f"gates open {gates.open_share:.1%}, depth {gates.depth:.1%}"
 
 
 def _check_device(device: str) -> None:
@@ -194,6 +229,11 @@ def _report(record: "TrainingRecord") -> None:
     for index, accuracy in enumerate(record.test_accuracy_E):
         table.add_row(f"exit_{index}", f"{accuracy:.1%}")
     stdout.print(table)
+    if record.test_gates is not None:
+        table = Table("gate", "open on test images", box=None, pad_edge=False)
+        for index, share in enumerate(record.test_gates.open_share_G):
+            table.add_row(f"gate_{index}", f"{share:.1%}")
+        stdout.print("", table, f"\n{_use(record.test_gates)}", highlight=False)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -7,8 +7,9 @@ from offramp_cli.__main__ import app
 from offramp_models import load_data
 from offramp_models.data import DATA_SETS
 from offramp_models.exits import EXITS
+from offramp_models.gates import GATES, RELAXATIONS
 from offramp_models.networks import NETWORKS, NetworkPlan, create_network, plan_network
-from offramp_models.training import METHODS, evaluate
+from offramp_models.training import METHODS, evaluate, measure
 from offramp_runtime import StageExecutor, open_bundle, open_device, run_all_exits
 from typer.testing import CliRunner
 
@@ -50,14 +51,33 @@ def test_train_writes_weights_that_load_without_pickled_code_and_a_record(offram
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--network", "resnet9000"], "network 'resnet9000' is not one of msdnet, multi_exit_cnn, resnet"),
+        (
+            ["--network", "resnet9000"],
+            "network 'resnet9000' is not one of blockdrop, convnet_aig, ddi, layerdrop, msdnet",
+        ),
         (["--data", "imagenet"], "data set 'imagenet' is not one of cifar100, digits, fashion_mnist"),
         (["--exit-weights", "1,heavy"], "--exit-weights '1,heavy': write numbers"),
         (["--exit-weights", "1,2"], "4 exits need as many loss weights; got 2"),
         (["--batch-size", 5000], "897 training images do not fill a batch of 5000"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--exits", "magic"], "exits 'magic' is not one of conv_pool, mixed_pool, pooled_linear"),
-        (["--method", "luck"], "training method 'luck' is not one of weighted"),
+        (
+            ["--method", "luck"],
+            "training method 'luck' is not one of curriculum_policy_gradient, hybrid_policy_gradient",
+        ),
+        (
+            ["--method", "target_rate"],
+            "training method 'target_rate' is for networks with gates; MultiExitCNN has none",
+        ),
+        (["--gate-relaxation", "gumbel"], "gate_relaxation is for networks with gates; MultiExitCNN has none"),
+        (["--network", "skipnet", "--gate-relaxation", "luck"], "gate relaxation 'luck' is not one of gumbel"),
+        (["--network", "skipnet", "--gates", "luck"], "gates 'luck' is not one of feed_forward, recurrent"),
+        (
+            ["--network", "resnet", "--gates", "recurrent"],
+            "network 'resnet' leaves no choice of gates; these do: skipnet",
+        ),
+        (["--gate-target", "1.5"], "gate_target must be a share from 0 to 1; got 1.5"),
+        (["--gate-weight", "nan"], "gate_weight must be from 0 to 1000; got nan"),
         (["--policy", "luck"], "policy: the kind must be one of"),
         (["--policy", "{broken"], "is not valid JSON"),
         (["--knob", "widths"], "--knob 'widths': write its name and whole numbers"),
@@ -118,6 +138,28 @@ def test_a_record_that_does_not_belong_is_refused(offramp, tmp_path, arguments, 
     assert not (tmp_path / "b").exists()
 
 
+def test_a_gated_networks_gates_are_shown_and_recorded_and_it_is_built_again_with_them(offramp, tmp_path):
+    weights = tmp_path / "w.pt"
+    chosen = ("--network", "skipnet", "--gates", "feed_forward", "--knob", "widths=4,8", "--knob", "blocks=1")
+    how = ("--method", "target_rate", "--gate-target", 0.3, "--gate-weight", 4, "--gate-relaxation", "semantic_hashing")
+    done = offramp("train", *chosen, *how, "--epochs", 2, "--threads", 1, "--out", weights)
+    assert done.exit_code == 0, done.output
+    record = json.loads(weights.with_suffix(".json").read_text())
+    assert record["gates"] == "feed_forward"
+    assert record["settings"]["gate_target"] == 0.3
+    assert record["settings"]["gate_relaxation"] == "semantic_hashing"
+    shares = record["test_gates"]["open_share_G"]
+    assert [f"gate_{index}  {share:.1%}" in done.output for index, share in enumerate(shares)] == [True, True]
+    assert f"gates open {np.mean(shares):.1%}, depth {record['test_gates']['depth']:.1%}" in done.output
+    assert done.output.count("gates open") == 3  # each epoch, and the test images
+    network = NetworkPlan.from_record(record).build()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    data = load_data("digits", record["settings"]["seed"])
+    measured = measure(network, data, data.test)
+    assert list(measured.accuracy_E) == record["test_accuracy_E"]
+    assert list(measured.gates.open_share_G) == shares
+
+
 def test_a_training_interrupted_at_the_keyboard_says_how_to_go_on_and_goes_on(offramp, tmp_path, monkeypatch):
     paths = [tmp_path / name for name in ("whole.pt", "again.pt", "training.ckpt")]
     asked = ("train", *TINY_MSDNET, "--epochs", 3, "--batch-size", 128)
@@ -155,8 +197,9 @@ def test_weights_know_the_images_that_were_not_held_out_as_well_as_the_record_sa
 def test_models_lists_what_can_be_chosen(offramp):
     done = offramp("models")
     assert done.exit_code == 0, done.output
-    for name in (*NETWORKS, *EXITS, *METHODS, *DATA_SETS):
+    for name in (*NETWORKS, *EXITS, *GATES, *RELAXATIONS, *METHODS, *DATA_SETS):
         (line,) = [line for line in done.output.splitlines() if line.startswith(f"{name} ") and "--knob" not in line]
         assert len(line.removeprefix(name).split()) > 3
     assert "868,088" in done.output
     assert "resnet --knob widths=16,32,64  blocks=3  num_exits=5" in done.output
+    assert "skipnet --gates recurrent --knob widths=16,32,64  blocks=6  num_exits=1" in done.output

@@ -49,23 +49,24 @@ def test_a_weight_too_few_is_refused():
 def test_the_weighted_method_counts_every_exit_once_unless_told_otherwise():
     logits, labels = [torch.randn(4, 3) for _ in range(3)], torch.tensor([0, 2, 1, 1])
     for weights, counted in (((), (1.0, 1.0, 1.0)), ((0.5, 1.0, 2.0), (0.5, 1.0, 2.0))):
-        loss = create_method("weighted", weights)(Lesson(logits, labels, 0.5))
+        loss = create_method(TrainingSettings(exit_weights=weights))(Lesson(logits, labels, 0.5))
         torch.testing.assert_close(loss, weighted_loss(logits, labels, counted))
 
 
 def test_an_unknown_method_is_refused_with_those_there_are(digits):
-    with pytest.raises(ValueError, match="training method 'luck' is not one of weighted"):
+    with pytest.raises(ValueError, match="training method 'luck' is not one of curriculum_policy_gradient, hybrid"):
         train(tiny(), digits, TrainingSettings(method="luck"))
 
 
 def test_a_method_is_told_how_far_the_training_has_come(dots, monkeypatch):
     lessons = []
 
-    def listening(exit_weights):
-        method = methods.Weighted(exit_weights)
-        return lambda lesson: (lessons.append(lesson), method(lesson))[1]
+    class Listening(methods.Weighted):
+        def __call__(self, lesson):
+            lessons.append(lesson)
+            return super().__call__(lesson)
 
-    monkeypatch.setattr(methods, "METHODS", {"listening": listening})
+    monkeypatch.setattr(methods, "METHODS", {"listening": Listening})
     train(tiny(), dots, TrainingSettings(epochs=2, method="listening"))
     assert [lesson.progress for lesson in lessons] == [step / 6 for step in range(6)]
     assert all(len(lesson.logits_EBC) == 3 and len(lesson.labels_B) == 32 for lesson in lessons)

@@ -1,7 +1,8 @@
 """Which networks there are, and the choices that decide one: what is recorded beside weights, and read back.
 
-A network is a class that can be built without arguments: input shape, classes and exits come first, and the knobs of
-its own are its keyword-only arguments. A knob is a whole number or a row of them.
+A network is a class that can be built without arguments: input shape, classes and exits come first, and what else it
+lets a person choose are its keyword-only arguments: `gates`, where there are several kinds of them for it, and knobs. A
+knob is a whole number or a row of them.
 """
 
 import inspect
@@ -13,15 +14,32 @@ from typing import Any, Self, TypeAlias
 import torch
 
 from offramp_models.exits import exit_head
+from offramp_models.gates import make_gates
 from offramp_models.lookup import look_up
+from offramp_models.networks.blockdrop import BlockDrop
+from offramp_models.networks.convnet_aig import ConvNetAIG
+from offramp_models.networks.ddi import DDI
 from offramp_models.networks.image_network import ImageNetwork
+from offramp_models.networks.layerdrop import LayerDrop
 from offramp_models.networks.msdnet import MSDNet
 from offramp_models.networks.multi_exit_cnn import MultiExitCNN
 from offramp_models.networks.resnet import ResNet
+from offramp_models.networks.skipnet import SkipNet
+from offramp_models.networks.stochastic_depth import StochasticDepth
 from offramp_models.shapes import ImageShape
 
 NETWORKS: Mapping[str, type[ImageNetwork]] = MappingProxyType(
-    {"msdnet": MSDNet, "multi_exit_cnn": MultiExitCNN, "resnet": ResNet}
+    {
+        "blockdrop": BlockDrop,
+        "convnet_aig": ConvNetAIG,
+        "ddi": DDI,
+        "layerdrop": LayerDrop,
+        "msdnet": MSDNet,
+        "multi_exit_cnn": MultiExitCNN,
+        "resnet": ResNet,
+        "skipnet": SkipNet,
+        "stochastic_depth": StochasticDepth,
+    }
 )
 
 Knob: TypeAlias = int | tuple[int, ...]
@@ -40,6 +58,7 @@ class NetworkPlan:
         input_shape: Channels, height and width of the images.
         num_classes: Classes that it tells apart.
         knobs: Every knob of the network, those left at their defaults too: another default later changes no record.
+        gates: A key of `GATES`; None for a network that leaves no choice of gates.
     """
 
     network: str
@@ -47,6 +66,7 @@ class NetworkPlan:
     input_shape: ImageShape
     num_classes: int
     knobs: Mapping[str, Knob]
+    gates: str | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self | None:
@@ -69,14 +89,17 @@ class NetworkPlan:
             input_shape=(shape[0], shape[1], shape[2]),
             num_classes=num_classes,
             knobs=knobs,
+            gates=None if record.get("gates") is None else str(record["gates"]),
         )
-        return cls(plan.network, plan.exits, plan.input_shape, plan.num_classes, plan.knobs)
+        return cls(plan.network, plan.exits, plan.input_shape, plan.num_classes, plan.knobs, plan.gates)
 
     def to_json(self) -> dict[str, Any]:
         """Give it as plain JSON values, as `from_record` reads them."""
+        gates = {} if self.gates is None else {"gates": self.gates}
         return {
             "network": self.network,
             "exits": self.exits,
+            **gates,
             "input_shape": list(self.input_shape),
             "num_classes": self.num_classes,
             "knobs": {name: value if isinstance(value, int) else list(value) for name, value in self.knobs.items()},
@@ -93,9 +116,10 @@ class NetworkPlan:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            # Every network's first three arguments are these; the knobs were checked against its signature.
+            # Every network's first three arguments are these; the others were checked against its signature.
             make: Any = NETWORKS[self.network]
-            network: ImageNetwork = make(self.input_shape, self.num_classes, self.exits, **self.knobs)
+            gates = {} if self.gates is None else {"gates": self.gates}
+            network: ImageNetwork = make(self.input_shape, self.num_classes, self.exits, **gates, **self.knobs)
             return network
 
 
@@ -106,6 +130,7 @@ def plan_network(
     input_shape: ImageShape | None = None,
     num_classes: int | None = None,
     knobs: Mapping[str, object] = MappingProxyType({}),
+    gates: str | None = None,
 ) -> NetworkPlan:
     """Settle all that decides a network; what is left out is the network's own default.
 
@@ -115,15 +140,17 @@ def plan_network(
         input_shape: Channels, height and width of the images.
         num_classes: Classes that it is to tell apart.
         knobs: The network's knobs, by name.
+        gates: A key of `GATES`.
 
     Raises:
-        ValueError: If there is no network, no exits or no knob of that name, the message listing those there are; or a
-            knob's value is none.
+        ValueError: If there is no network, no exits, no gates or no knob of that name, the message listing those there
+            are; the network leaves no choice of gates; or a knob's value is none.
     """
     defaults = _defaults(look_up(NETWORKS, "network", name))
     first = [defaults.pop(argument) for argument in ("input_shape", "num_classes", "exits")]
     wanted = exits if exits is not None else first[2]
     exit_head(wanted)
+    wanted_gates = _gates(name, gates, defaults.pop("gates", None))
     for knob, value in knobs.items():
         if knob not in defaults:
             raise ValueError(f"network {name!r} has no knob {knob!r}; it has {', '.join(sorted(defaults))}")
@@ -138,6 +165,7 @@ def plan_network(
         first[0] if input_shape is None else input_shape,
         first[1] if num_classes is None else num_classes,
         MappingProxyType(defaults),
+        wanted_gates,
     )
 
 
@@ -149,15 +177,26 @@ def create_network(
     input_shape: ImageShape | None = None,
     num_classes: int | None = None,
     knobs: Mapping[str, object] = MappingProxyType({}),
+    gates: str | None = None,
 ) -> ImageNetwork:
     """Build a network with freshly drawn weights: `plan_network`, then `NetworkPlan.build`."""
-    plan = plan_network(name, exits=exits, input_shape=input_shape, num_classes=num_classes, knobs=knobs)
+    plan = plan_network(name, exits=exits, input_shape=input_shape, num_classes=num_classes, knobs=knobs, gates=gates)
     return plan.build(seed)
 
 
 def _defaults(network: type[ImageNetwork]) -> dict[str, Any]:
     parameters = inspect.signature(network).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters}
+
+
+def _gates(network: str, asked: str | None, default: str | None) -> str | None:
+    if asked is None:
+        return default
+    make_gates(asked)
+    if default is None:
+        choosing = [name for name, kind in NETWORKS.items() if "gates" in _defaults(kind)]
+        raise ValueError(f"network {network!r} leaves no choice of gates; these do: {', '.join(sorted(choosing))}")
+    return asked
 
 
 def _knob(name: str, value: object) -> Knob:

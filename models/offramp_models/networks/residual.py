@@ -25,7 +25,26 @@ class ResidualBlock(nn.Module):
             project = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
             self.shortcut = nn.Sequential(project, nn.BatchNorm2d(out_channels))
 
-    def forward(self, x_BDHW: torch.Tensor) -> torch.Tensor:
-        """Give the block's feature map; height and width are divided by the stride."""
+    def body(self, x_BDHW: torch.Tensor, open_BD: torch.Tensor | None = None) -> torch.Tensor:
+        """Give what is added to the shortcut: all that a shut gate saves."""
         hidden_BDHW = functional.relu(self.norm1(self.conv1(x_BDHW)))
-        return functional.relu(self.shortcut(x_BDHW) + self.norm2(self.conv2(hidden_BDHW)))
+        if open_BD is not None:
+            hidden_BDHW = open_BD[:, :, None, None] * hidden_BDHW
+        added_BDHW: torch.Tensor = self.norm2(self.conv2(hidden_BDHW))
+        return added_BDHW
+
+    def forward(
+        self, x_BDHW: torch.Tensor, decision_B: torch.Tensor | None = None, open_BD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Give the block's feature map; height and width are divided by the stride.
+
+        Args:
+            x_BDHW: The features.
+            decision_B: A gate's decision for each row: 1 adds the body to the shortcut, 0 leaves it out. None: it is
+                added.
+            open_BD: 1 for every channel between the convolutions that is open and 0 for those shut. None: all are.
+        """
+        added_BDHW = self.body(x_BDHW, open_BD)
+        if decision_B is not None:
+            added_BDHW = decision_B[:, None, None, None] * added_BDHW
+        return functional.relu(self.shortcut(x_BDHW) + added_BDHW)

@@ -72,6 +72,7 @@ class TrainingState:
         """
         content = _read(path)
         written, wanted = content["training"], _training(data, settings)
+        written = _training(data, TrainingSettings()) | written  # settings younger than the file were at their defaults
         if written != wanted:
             raise ValueError(f"checkpoint {path} is of another training: {_difference(written, wanted)}")
         try:

@@ -1,12 +1,12 @@
-"""The one training loop: joint training of all exits, stochastic gradient descent, a cosine schedule.
+"""The one training loop: joint training of all exits and gates, stochastic gradient descent, a cosine schedule.
 
 For a given seed, number of threads and device it gives the same weights every time, interrupted or not.
 
-Shapes: N = images, B = batch, C = classes, E = exits.
+Shapes: N = images, B = batch, C = classes, E = exits, G = gates.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from offramp_models.data import ImageDataSet, LabelledImages
+from offramp_models.networks.gated_network import GatedNetwork
 from offramp_models.training.checkpoint import Done, TrainingState
-from offramp_models.training.methods import Lesson, Method, create_method
+from offramp_models.training.evaluation import gate_use, measure
+from offramp_models.training.lessons import Learnt, Lessons, memory_format
 from offramp_models.training.settings import DEFAULT_SETTINGS, Epoch, Step, TrainingRecord, TrainingSettings
-
-EVALUATION_BATCH = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,12 @@ def train(
             per exit, or the checkpoint is not this training's.
     """
     started_s = time.monotonic()
-    network.to(settings.device, memory_format=_memory_format(settings))  # type: ignore[call-overload] # stubs lack it
+    network.to(settings.device, memory_format=memory_format(settings))  # type: ignore[call-overload] # stubs lack it
     network.train()
     steps_per_epoch = len(data.train) // settings.batch_size
     if not steps_per_epoch:
         raise ValueError(f"{len(data.train)} training images do not fill a batch of {settings.batch_size}")
-    lessons = _Lessons(data, settings, create_method(settings.method, settings.exit_weights))
+    lessons = Lessons(network, data, settings)
     total = settings.epochs * steps_per_epoch
     with _random_state(settings):
         state = _start(network, total, settings)
@@ -74,61 +74,27 @@ def train(
         if checkpoint is not None and checkpoint.resume:
             before = state.load(checkpoint.path, data.name, settings)
         for epoch in range(before.epochs, settings.epochs):
-            epoch_started_s, losses = time.monotonic(), []
+            epoch_started_s, learnt = time.monotonic(), []
             for index, rows_B in enumerate(_batches(state.random, data.train, settings), epoch * steps_per_epoch + 1):
-                losses.append(lessons.learn(state, rows_B, (index - 1) / total))
+                learnt.append(lessons.learn(state, rows_B, (index - 1) / total))
                 if on_step is not None:
-                    on_step(Step(index, total, losses[-1]))
+                    on_step(Step(index, total, learnt[-1].loss))
             if checkpoint is not None:
                 done = Done(epoch + 1, before.seconds + time.monotonic() - started_s)
                 state.save(checkpoint.path, done, data.name, settings)
             if on_epoch is not None:
                 seconds = time.monotonic() - epoch_started_s
-                on_epoch(Epoch(epoch + 1, settings.epochs, float(np.mean(losses)), seconds))
-    test_accuracy_E = evaluate(network, data, data.test)
+                on_epoch(_epoch(epoch + 1, settings.epochs, seconds, network, learnt))
+    measured = measure(network, data, data.test)
     seconds = before.seconds + time.monotonic() - started_s
-    return TrainingRecord(data.name, settings, seconds, test_accuracy_E)
+    return TrainingRecord(data.name, settings, seconds, measured.accuracy_E, measured.gates)
 
 
-@torch.inference_mode()
-def evaluate(network: nn.Module, data: ImageDataSet, images: LabelledImages) -> tuple[float, ...]:
-    """Measure the accuracy of every exit, all run to the end, in float32; leaves the network in evaluation mode."""
-    network.eval()
-    device = next(network.parameters()).device
-    correct_E: list[int] = []
-    for first in range(0, len(images), EVALUATION_BATCH):
-        batch = images.rows(slice(first, first + EVALUATION_BATCH))
-        labels_B = torch.from_numpy(batch.labels_N).to(device)
-        logits_EBC = network(torch.from_numpy(data.inputs(batch)).to(device))
-        hits_E = [int((logits_BC.argmax(1) == labels_B).sum()) for logits_BC in logits_EBC]
-        correct_E = [a + b for a, b in zip(correct_E or [0] * len(hits_E), hits_E, strict=True)]
-    return tuple(correct / len(images) for correct in correct_E)
-
-
-@dataclass(frozen=True, slots=True)
-class _Lessons:
-    """Makes batches into steps."""
-
-    data: ImageDataSet
-    settings: TrainingSettings
-    method: Method
-
-    def learn(self, state: TrainingState, rows_B: npt.NDArray[np.intp], progress: float) -> float:
-        """Take one step on some of the training images; gives its loss."""
-        batch = self.data.train.rows(rows_B)
-        batch = LabelledImages(self.data.augmentation.vary(batch.pixels_NHW, state.random), batch.labels_N)
-        device = self.settings.device
-        images_BDHW = torch.from_numpy(self.data.inputs(batch))
-        images_BDHW = images_BDHW.to(device, memory_format=_memory_format(self.settings))
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.settings.bfloat16):
-            logits_EBC = state.network(images_BDHW)
-        labels_B = torch.from_numpy(batch.labels_N).to(device)
-        loss = self.method(Lesson([logits_BC.float() for logits_BC in logits_EBC], labels_B, progress))
-        state.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        state.optimizer.step()
-        state.schedule.step()
-        return loss.item()
+def _epoch(index: int, total: int, seconds: float, network: nn.Module, learnt: Sequence[Learnt]) -> Epoch:
+    gates = None
+    if isinstance(network, GatedNetwork):
+        gates = gate_use(network, torch.cat([step.decisions_BG for step in learnt if step.decisions_BG is not None]))
+    return Epoch(index, total, float(np.mean([step.loss for step in learnt])), seconds, gates)
 
 
 def _start(network: nn.Module, total: int, settings: TrainingSettings) -> TrainingState:
@@ -150,10 +116,6 @@ def _batches(
     whole = len(images) // settings.batch_size * settings.batch_size
     for first in range(0, whole, settings.batch_size):
         yield order_N[first : first + settings.batch_size]
-
-
-def _memory_format(settings: TrainingSettings) -> torch.memory_format:
-    return torch.channels_last if settings.bfloat16 else torch.preserve_format
 
 
 @contextmanager
