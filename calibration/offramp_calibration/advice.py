@@ -156,13 +156,14 @@ def setting_of(replayed: Replayed, flops_E: FloatArray, ms_E: FloatArray, whole:
 
 
 def _setting(outcomes: Outcomes, policy: PolicySpec, costs: PathCosts, dropped: Collection[int]) -> Setting:
-    spec = without_exits(policy, dropped, outcomes.num_exits)
+    spec = without_exits(policy, dropped, outcomes.num_exits, outcomes.native)
     return setting_of(replay(spec, outcomes.without_exits(dropped)), *costs.without_exits(dropped), costs)
 
 
 def _judge(replayed: Replayed, policy: PolicySpec, name: str, costs: PathCosts, index: int) -> ExitAdvice:
     outcomes, full_flops = replayed.outcomes, max(float(costs.flops_E[-1]), 1.0)
-    masked = replay(without_exits(policy, {index}, outcomes.num_exits), outcomes.without_exits({index}))
+    fewer = without_exits(policy, {index}, outcomes.num_exits, outcomes.native)
+    masked = replay(fewer, outcomes.without_exits({index}))
     leaves_N = replayed.exit_N == index
     reach, exit_rate = float((replayed.exit_N >= index).mean()), float(leaves_N.mean())
     went_on_to = masked.exit_N[leaves_N] + (masked.exit_N[leaves_N] >= index)  # as the whole bundle counts

@@ -53,7 +53,7 @@ def solve(outcomes: Outcomes, budget: float) -> Solution:
     Raises:
         InvalidValue: If the budget does not pay for the first exit, or is above 1.
     """
-    least = float(outcomes.depth_E[0])
+    least = float(outcomes.mean_depth_E[0])
     if not least <= budget <= 1:
         raise InvalidValue(f"compute: must be {least:g}, the cost of the first exit, to 1; got {budget:g}", "compute")
     score_NK = np.stack([as_certain(decision.log_odds_B) for decision in outcomes.decision_E], axis=1)[:, :-1]
@@ -111,4 +111,4 @@ def _at_ratio(outcomes: Outcomes, score_NK: FloatArray, log_ratio: float) -> Sol
     share_E = exit_shares(log_ratio, outcomes.num_exits)
     policy = ConfidenceSpec(threshold=thresholds_for(score_NK, share_E))
     realised = replay(policy, outcomes).compute
-    return Solution(policy, math.exp(log_ratio), float(share_E @ outcomes.depth_E), realised)
+    return Solution(policy, math.exp(log_ratio), float(share_E @ outcomes.mean_depth_E), realised)

@@ -37,11 +37,11 @@ def headline(evaluation: Evaluation) -> str:
             f"At {percent(point.compute, 0)} of the compute, {percent(point.accuracy.value)} of the answers are right; "
             f"at full depth, {full}."
         )
-    saving = cost_within(evaluation, ACCURACY_LOSSES[1])
+    saving, swept = cost_within(evaluation, ACCURACY_LOSSES[1]), "confidence" if evaluation.gates is None else "gate"
     if saving is None:
         return f"At full depth, {full} of the answers are right."
     return (
-        f"At full depth, {full} of the answers are right; a confidence threshold comes within half a point of that at "
+        f"At full depth, {full} of the answers are right; a {swept} threshold comes within half a point of that at "
         f"{percent(saving, 0)} of the compute."
     )
 
@@ -60,6 +60,7 @@ def words_of(evaluation: Evaluation) -> dict[str, Words]:
         "policies": _policies,
         "reliability": _reliability,
         "overthinking": _overthinking,
+        "gates": _gates,
     }
     return {name: write(evaluation) for name, write in writers.items()}
 
@@ -106,13 +107,19 @@ def verdict(promise: PromiseResult) -> str:
 def _trade_off(evaluation: Evaluation) -> Words:
     first, full = evaluation.static[0], evaluation.full
     oracle = evaluation.label_oracle
+    saving = cost_within(evaluation, ACCURACY_LOSSES[2])
+    tail = "" if saving is None else f" {percent(saving, 0)} of the compute loses at most one point of accuracy."
+    if oracle is None:
+        return Words(
+            f"Accuracy over average compute, for settings of the gates, against {percent(full.accuracy.value)} at full "
+            "depth.",
+            f"The blue curve shows what shutting gates, and leaving early where exits are, costs and saves.{tail}",
+        )
     alt = (
         f"Accuracy over average compute. Exits alone rise from {percent(first.accuracy.value)} at "
         f"{percent(first.compute, 0)} of the compute to {percent(full.accuracy.value)} at all of it; adaptive policies "
         f"lie above them; the label oracle reaches {percent(oracle.accuracy.value)} at {percent(oracle.compute, 0)}."
     )
-    saving = cost_within(evaluation, ACCURACY_LOSSES[2])
-    tail = "" if saving is None else f" {percent(saving, 0)} of the compute loses at most one point of accuracy."
     return Words(
         alt,
         "The further the blue curve lies above the grey squares, the more it pays to let each sample leave when it is "
@@ -160,6 +167,22 @@ def _overthinking(evaluation: Evaluation) -> Words:
         f"first, {percent(thinking.never_right)} never.",
         f"{percent(thinking.wasteful)} of the samples are right at the end and were right before: what they ran on was "
         f"wasted. The hatched {percent(thinking.destructive)} were right once and are wrong at the end.",
+    )
+
+
+def _gates(evaluation: Evaluation) -> Words:
+    rungs = () if evaluation.gates is None else evaluation.gates.rungs
+    if not rungs:
+        return Words("", "")
+    least = rungs[-1].point
+    own = next(rung for rung in rungs if rung.threshold is None)
+    rates = own.open_rates
+    return Words(
+        f"Accuracy over average compute, one point per gate threshold, from {percent(rungs[0].point.compute, 0)} to "
+        f"{percent(least.compute, 0)} of the compute; and how often each gate is open at each threshold.",
+        f"The higher the gate threshold, the further left. At the network's own thresholds "
+        f"{percent(own.point.compute, 0)} of full depth's FLOPs run and {percent(own.point.accuracy.value)} are right; "
+        f"its gates are open for {percent(min(rates), 0)} to {percent(max(rates), 0)} of the samples.",
     )
 
 

@@ -49,18 +49,18 @@ def cautions_of(
         budgets: What they came to.
     """
     return (
-        *_of_calibration(calibration, data_digest),
+        *_of_calibration(calibration, data_digest, "gate" if manifest.gates else "confidence"),
         *_of_size(outcomes, manifest.exits[-1].num_classes, full_accuracy),
         *_of_budgets(budgets),
     )
 
 
-def _of_calibration(calibration: Calibration, data_digest: str) -> Iterator[Caution]:
+def _of_calibration(calibration: Calibration, data_digest: str, swept: str) -> Iterator[Caution]:
     if not calibration.operating_points:
         yield Caution(
             "not_calibrated",
             "This bundle is not calibrated: temperatures are 1 and nothing answers a compute, accuracy or risk budget. "
-            "The curve below sweeps confidence thresholds instead. To calibrate: offramp calibrate BUNDLE --data "
+            f"The curve below sweeps {swept} thresholds instead. To calibrate: offramp calibrate BUNDLE --data "
             "HELD_OUT, with data that is neither the training data nor this.",
         )
     if calibration.data_digest == data_digest:

@@ -1,4 +1,4 @@
-"""What held-out data lets one promise about the settings along a walk from full depth to ever earlier exits.
+"""What held-out data lets one promise about the settings along a walk from full depth to ever less.
 
 Learn then Test with fixed-sequence testing (https://arxiv.org/abs/2110.01052): walk from the safest setting, test at
 each whether its risk is above epsilon with the exact binomial tail, stop at the first p-value above delta and return
@@ -27,7 +27,7 @@ from offramp_contract.statistics import BoolArray, FloatArray, IntArray
 from scipy.stats import beta
 
 from offramp_calibration.outcomes import Outcomes
-from offramp_calibration.replay import replay
+from offramp_calibration.replay import Replayed, replay
 
 RISK_DELTAS: Final = (0.01, 0.05, 0.1)
 
@@ -58,6 +58,10 @@ class Losses:
             num_samples = len(loss_N)
         return cls(num_samples, np.array(count_L), np.array(ever_count_L))
 
+    def behind(self, start: int) -> Self:
+        """Give those of the walk from a setting on; of losses at any setting before, those that have occurred stay."""
+        return type(self)(self.num_samples, self.count_L[start:], self.ever_count_L[start:])
+
     def ltt_bounds(self, delta: float) -> FloatArray:
         """Give the least epsilon that each setting is certified for with probability 1 - delta, rising."""
         bound_L = np.maximum.accumulate(greatest_risk(self.count_L, self.num_samples, delta))
@@ -71,7 +75,7 @@ class Losses:
 def certify(
     walk: Sequence[PolicySpec], outcomes: Outcomes, data_digest: str, deltas: Sequence[float] = RISK_DELTAS
 ) -> list[tuple[Certificate, ...]]:
-    """Certify every setting of a walk.
+    """Certify every setting of a walk over policies.
 
     Args:
         walk: The settings, full depth first, the safest next; see `greedy_family`.
@@ -82,20 +86,38 @@ def certify(
     Returns:
         Per setting its certificates.
     """
-    exit_LN = [replay(policy, outcomes).exit_N.astype(np.int16) for policy in walk]
-    losses = _count_losses(exit_LN, outcomes)
-    certificates: list[list[Certificate]] = [[] for _ in walk]
+    return certify_replayed((replay(policy, outcomes) for policy in walk), data_digest, deltas)
 
-    def add(kind: CertificateKind, bound_L: FloatArray, delta: float | None) -> None:
+
+def certify_replayed(
+    walk: Iterable[Replayed], data_digest: str, deltas: Sequence[float] = RISK_DELTAS, *, most_accurate: int = 0
+) -> list[tuple[Certificate, ...]]:
+    """Certify every setting of a walk over policies and gate thresholds.
+
+    Args:
+        walk: What each setting comes to on the samples to certify on, none of which the walk was chosen on; full depth
+            first, the safest next.
+        data_digest: Of all the data, for the record.
+        deltas: With which probabilities the certificates of the two risks may be wrong.
+        most_accurate: Where on the walk the tests of accuracy begin, as fixed beforehand as the walk itself. What comes
+            before costs more and is expected to be right less often: it gets no certificate of accuracy.
+
+    Returns:
+        Per setting its certificates.
+    """
+    losses = _count_losses(walk)
+    certificates: list[list[Certificate]] = [[] for _ in losses["accuracy"].count_L]
+
+    def add(kind: CertificateKind, bound_L: FloatArray, delta: float | None, start: int = 0) -> None:
         method = "crc" if delta is None else "ltt"
-        for setting, bound in zip(certificates, bound_L.tolist(), strict=True):
+        for setting, bound in zip(certificates[start:], bound_L.tolist(), strict=True):
             setting.append(
                 Certificate(
                     kind=kind,
                     method=method,
                     bound=bound,
                     delta=delta,
-                    num_samples=len(outcomes),
+                    num_samples=losses[kind].num_samples,
                     data_digest=data_digest,
                 )
             )
@@ -105,7 +127,8 @@ def certify(
         for delta in deltas:
             add(kind, losses[kind].ltt_bounds(delta), delta)
         add(kind, losses[kind].crc_bounds(), None)
-    add("accuracy", accuracy_bounds(losses["accuracy"], ACCURACY_DELTA), ACCURACY_DELTA)
+    wrong = losses["accuracy"].behind(most_accurate)
+    add("accuracy", accuracy_bounds(wrong, ACCURACY_DELTA), ACCURACY_DELTA, most_accurate)
     return [tuple(setting) for setting in certificates]
 
 
@@ -132,16 +155,11 @@ def _full_depth_first(bound_L: FloatArray) -> FloatArray:
     return np.concatenate([[0.0], bound_L[1:]])
 
 
-def _count_losses(exit_LN: Sequence[IntArray], outcomes: Outcomes) -> dict[CertificateKind, Losses]:
+def _count_losses(walk: Iterable[Replayed]) -> dict[CertificateKind, Losses]:
     """Count what each kind of certificate bounds; of `accuracy`, the wrong answers."""
-    right_NE, final = outcomes.right_NE, outcomes.num_exits - 1
-    lost_NE = right_NE[:, final:] & ~right_NE
-    loss_NE: dict[CertificateKind, BoolArray] = {
-        "consistency": ~outcomes.agrees_NE,
-        "accuracy_loss": lost_NE,
-        "accuracy": ~right_NE,
-    }
-    return {
-        kind: Losses.count(of_NE[np.arange(len(outcomes)), exit_N] for exit_N in exit_LN)
-        for kind, of_NE in loss_NE.items()
-    }
+    lost_LNs: dict[CertificateKind, list[BoolArray]] = {"consistency": [], "accuracy_loss": [], "accuracy": []}
+    for replayed in walk:
+        lost_LNs["consistency"].append(replayed.differs_N)
+        lost_LNs["accuracy_loss"].append(replayed.lost_N)
+        lost_LNs["accuracy"].append(~replayed.right_N)
+    return {kind: Losses.count(loss_LN) for kind, loss_LN in lost_LNs.items()}

@@ -139,22 +139,28 @@ class PixelCheck:
 
 
 def check_accuracy(num_right: int, num_samples: int, manifest: Manifest) -> None:
-    """Check that full depth does on the data what a trained network does on its own kind of data.
+    """Check that full depth, or a gated network with its own gates, does what it was trained to do.
+
+    Args:
+        num_right: How many samples it is right on.
+        num_samples: Of how many.
+        manifest: The bundle's.
 
     Raises:
         UnfitData: If it is right no more often than by chance, or far and significantly (exact binomial test) less
             often than the training record says.
     """
     accuracy, chance = num_right / num_samples, 1 / num_classes_of(manifest)
+    what = "the network with its own gates" if manifest.gates else "full depth"
     reason = "the labels or the preprocessing do not match the bundle"
     if binom.sf(num_right - 1, num_samples, chance) > SIGNIFICANCE:
-        raise UnfitData(f"data: full depth is right on {accuracy:.1%} of it, and chance on {chance:.1%}: {reason}")
+        raise UnfitData(f"data: {what} is right on {accuracy:.1%} of it, and chance on {chance:.1%}: {reason}")
     recorded = recorded_accuracy(manifest.provenance.training)
     if recorded is None or recorded - accuracy <= MAX_GAP:
         return
     if binom.cdf(num_right, num_samples, recorded) < SIGNIFICANCE:
         raise UnfitData(
-            f"data: full depth is right on {accuracy:.1%} of it, and on {recorded:.1%} of the test data in its "
+            f"data: {what} is right on {accuracy:.1%} of it, and on {recorded:.1%} of the test data in its "
             f"training record: {reason}"
         )
 

@@ -4,7 +4,7 @@ Shapes: N = samples, E = exits.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -16,12 +16,15 @@ from offramp_contract.manifest import Manifest
 from offramp_contract.policy_spec import ConfidenceSpec, FixedSpec, PolicySpec
 from offramp_contract.statistics import FloatArray
 
+from offramp_calibration.about import GateThreshold
 from offramp_calibration.advice import Advice
 from offramp_calibration.cautions import cautions_of
 from offramp_calibration.curves import Curve, anytime_auc, common_start
 from offramp_calibration.evaluation import CostView, Evaluation, Provenance
 from offramp_calibration.examples import pick_examples
 from offramp_calibration.exit_quality import exit_results
+from offramp_calibration.gate_results import GateResults, called
+from offramp_calibration.gated import GATES
 from offramp_calibration.measured import MeasuredPoint, budget_results, chosen_by_budgets, curve_of, summarise
 from offramp_calibration.oracles import agreement_oracle, label_oracle, label_oracle_curve
 from offramp_calibration.outcomes import Outcomes
@@ -68,9 +71,12 @@ def evaluate(
         BrokenTrace: If the trace is not one of this bundle.
     """
     trace.check_made_for(manifest)
-    outcomes = Outcomes.of(trace, calibration.temperatures)
-    chosen, replayed = _reference(reference, manifest, calibration.operating_points, outcomes, milliseconds)
-    points = _points(calibration.operating_points, outcomes, milliseconds, progress)
+    for threshold in {point.gate_threshold for point in calibration.operating_points if trace.passes}:
+        trace.pass_at(threshold)
+    by_threshold = Outcomes.by_threshold(trace, calibration.temperatures)
+    outcomes = next(iter(by_threshold.values()))
+    chosen, replayed = _reference(reference, manifest, calibration.operating_points, by_threshold, milliseconds)
+    points = _points(calibration.operating_points, by_threshold, milliseconds, progress)
     by_name = {point.name: point for point in points}
     exit_names = [exit_.name for exit_ in manifest.exits]
     static = tuple(
@@ -91,10 +97,16 @@ def evaluate(
             full_accuracy=static[-1].accuracy,
             budgets=budgets,
         ),
-        exits=exit_results(trace, calibration.temperatures, exit_names, milliseconds, replayed),
+        exits=exit_results(
+            trace.at(chosen.gate_threshold) if trace.passes else trace,
+            calibration.temperatures,
+            exit_names,
+            milliseconds,
+            replayed,
+        ),
         static=static,
-        label_oracle=MeasuredPoint.of(LABEL_ORACLE, LABEL_ORACLE, label_oracle(outcomes), milliseconds),
-        agreement_oracle=MeasuredPoint.of(AGREEMENT_ORACLE, AGREEMENT_ORACLE, agreement_oracle(outcomes), milliseconds),
+        label_oracle=_oracle(LABEL_ORACLE, label_oracle, outcomes, milliseconds),
+        agreement_oracle=_oracle(AGREEMENT_ORACLE, agreement_oracle, outcomes, milliseconds),
         points=points,
         chosen=tuple(chosen_by_budgets(calibration.operating_points)),
         budgets=budgets,
@@ -107,7 +119,15 @@ def evaluate(
         examples=pick_examples(replayed, manifest.labels),
         provenance=provenance,
         advice=advice,
+        gates=GateResults.of(trace, manifest, by_threshold) if trace.passes else None,
     )
+
+
+def _oracle(
+    name: str, choose: Callable[[Outcomes], Replayed], outcomes: Outcomes, milliseconds: Sequence[float] | None
+) -> MeasuredPoint | None:
+    """Measure an oracle over exits, where the way to them is one and the same."""
+    return None if outcomes.depth_NE is not None else MeasuredPoint.of(name, name, choose(outcomes), milliseconds)
 
 
 def named_point(name: str, points: Sequence[OperatingPoint]) -> OperatingPoint:
@@ -129,14 +149,18 @@ def _reference(
     name: str | None,
     manifest: Manifest,
     points: Sequence[OperatingPoint],
-    outcomes: Outcomes,
+    by_threshold: Mapping[GateThreshold, Outcomes],
     milliseconds: Sequence[float] | None,
 ) -> tuple[MeasuredPoint, Replayed]:
     point = named_point(name, points) if name is not None else _middle(points)
     policy = manifest.default_policy if point is None else point.policy
-    replayed = replay(policy, outcomes)
-    called, family = (DEFAULT_POLICY, policy.kind) if point is None else (point.name, _family(point))
-    return MeasuredPoint.of(called, family, replayed, milliseconds, policy=policy, expected=point), replayed
+    threshold = None if point is None else point.gate_threshold
+    replayed = replay(policy, by_threshold[threshold])
+    name, family = (DEFAULT_POLICY, policy.kind) if point is None else (point.name, _family(point))
+    measured = MeasuredPoint.of(
+        name, family, replayed, milliseconds, policy=policy, expected=point, gate_threshold=threshold
+    )
+    return measured, replayed
 
 
 def _middle(points: Sequence[OperatingPoint]) -> OperatingPoint | None:
@@ -148,24 +172,31 @@ def _middle(points: Sequence[OperatingPoint]) -> OperatingPoint | None:
 
 def _points(
     points: Sequence[OperatingPoint],
-    outcomes: Outcomes,
+    by_threshold: Mapping[GateThreshold, Outcomes],
     milliseconds: Sequence[float] | None,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[MeasuredPoint, ...]:
-    """Replay the operating points, or a sweep of confidence thresholds where there are none."""
-    settings: list[tuple[str, str, PolicySpec, OperatingPoint | None]] = [
-        (point.name, _family(point), point.policy, point) for point in points
+    """Replay the operating points, or where there are none a sweep of gate thresholds and confidence thresholds."""
+    settings: list[tuple[str, str, PolicySpec, GateThreshold, OperatingPoint | None]] = [
+        (point.name, _family(point), point.policy, point.gate_threshold, point) for point in points
     ]
-    if not points and outcomes.num_exits > 1:
-        thresholds = confidence_thresholds(outcomes, NUM_SWEPT)
-        settings = [
-            (f"confidence-{index:03d}", "confidence", ConfidenceSpec(threshold=threshold), None)
-            for index, threshold in enumerate(thresholds)
+    own = by_threshold[None]
+    if not points and own.depth_NE is not None:
+        final = FixedSpec(exit=own.num_exits - 1)
+        settings += [(called(threshold), GATES, final, threshold, None) for threshold in by_threshold]
+    if not points and own.num_exits > 1:
+        settings += [
+            (f"confidence-{index:03d}", "confidence", ConfidenceSpec(threshold=threshold), None, None)
+            for index, threshold in enumerate(confidence_thresholds(own, NUM_SWEPT))
         ]
     measured = []
-    for name, family, policy, expected in settings:
-        replayed = replay(policy, outcomes)
-        measured.append(MeasuredPoint.of(name, family, replayed, milliseconds, policy=policy, expected=expected))
+    for name, family, policy, threshold, expected in settings:
+        replayed = replay(policy, by_threshold[threshold])
+        measured.append(
+            MeasuredPoint.of(
+                name, family, replayed, milliseconds, policy=policy, expected=expected, gate_threshold=threshold
+            )
+        )
         if progress is not None:
             progress(len(measured), len(settings))
     return tuple(measured)
@@ -186,7 +217,9 @@ def _cost_view(
     cost, cost_E = ("compute", outcomes.depth_E) if milliseconds_E is None else ("milliseconds", milliseconds_E)
     full, accuracy_E = float(cost_E[-1]), np.array([point.accuracy.value for point in static])
     families = dict.fromkeys(point.family for point in points if point.family != STATIC_FAMILY)
-    curves: dict[str, Curve] = {LABEL_ORACLE: label_oracle_curve(replace(outcomes, depth_E=cost_E))}
+    curves: dict[str, Curve] = {}
+    if outcomes.depth_NE is None:
+        curves[LABEL_ORACLE] = label_oracle_curve(replace(outcomes, depth_E=cost_E))
     if points:
         curves[ANY_POLICY] = curve_of(points, cost)
     curves |= {family: curve_of([point for point in points if point.family == family], cost) for family in families}
@@ -200,7 +233,7 @@ def _cost_view(
             summarise(
                 name,
                 curve,
-                curves[LABEL_ORACLE],
+                curves.get(LABEL_ORACLE),
                 full_cost=full,
                 full_accuracy=float(accuracy_E[-1]),
                 start=start,

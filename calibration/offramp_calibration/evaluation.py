@@ -9,6 +9,7 @@ from offramp_calibration.advice import Advice
 from offramp_calibration.cautions import Caution
 from offramp_calibration.examples import Example
 from offramp_calibration.exit_quality import ExitResult
+from offramp_calibration.gate_results import GateResults
 from offramp_calibration.measured import BudgetResult, CurveSummary, MeasuredPoint
 from offramp_calibration.overthinking import Overthinking
 from offramp_calibration.promises import CertificateCount, PromiseResult
@@ -47,7 +48,8 @@ class CostView:
         full: Cost of full depth.
         anytime_auc: Average accuracy over the budgets at which the network may be stopped.
         start: Budget from which on areas are compared.
-        curves: The label oracle's, that of all policies together, one per family, and that of the static exits.
+        curves: The label oracle's if there is one, that of all policies together, one per family, and that of the
+            static exits.
     """
 
     full: float
@@ -63,9 +65,10 @@ class Evaluation:
     Attributes:
         cautions: What to know before believing them.
         exits: How good each exit is.
-        static: Every sample leaving at the same exit, per exit; the last is full depth.
-        label_oracle: Everyone leaves at the first right exit, at the last if none is.
-        agreement_oracle: Everyone leaves at the first exit that says what the last says.
+        static: Every sample leaving at the same exit, per exit, every gate open; the last is full depth.
+        label_oracle: Everyone leaves at the first right exit, at the last if none is. None for a gated network: there
+            an exit may be right because a gate was shut, so the best choice of exits alone bounds nothing.
+        agreement_oracle: Everyone leaves at the first exit that says what the last says; None likewise.
         points: Every operating point; of a bundle without any, a sweep of confidence thresholds.
         chosen: Names of the points that some compute budget chooses, the cheapest first.
         budgets: What asking for an average compute comes to.
@@ -75,6 +78,7 @@ class Evaluation:
         promises: Certified budgets beside what this data shows.
         certificates: How many certificates held.
         advice: Which exits cost more than they save under `reference`, if that was measured.
+        gates: What each gate threshold comes to, of a gated network.
     """
 
     model: str
@@ -83,8 +87,8 @@ class Evaluation:
     cautions: tuple[Caution, ...]
     exits: tuple[ExitResult, ...]
     static: tuple[MeasuredPoint, ...]
-    label_oracle: MeasuredPoint
-    agreement_oracle: MeasuredPoint
+    label_oracle: MeasuredPoint | None
+    agreement_oracle: MeasuredPoint | None
     points: tuple[MeasuredPoint, ...]
     chosen: tuple[str, ...]
     budgets: tuple[BudgetResult, ...]
@@ -97,6 +101,7 @@ class Evaluation:
     examples: tuple[Example, ...]
     provenance: Provenance
     advice: Advice | None = None
+    gates: GateResults | None = None
     format_version: Literal[1] = EVALUATION_FORMAT_VERSION
 
     @property

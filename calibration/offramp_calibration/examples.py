@@ -14,6 +14,8 @@ from scipy.special import expit
 from offramp_calibration.replay import Replayed
 
 MAX_EXAMPLES = 8
+EXTREME_SHARE = 0.1
+"""Of a gated network, so many samples count as those that ran least, and as many as those that ran most."""
 Group: TypeAlias = Literal["early", "late", "cost"]
 
 
@@ -45,14 +47,17 @@ class Example:
 
 def pick_examples(replayed: Replayed, labels: Sequence[str] | None) -> tuple[Example, ...]:
     """Pick at most `MAX_EXAMPLES` of each group, of as many different right classes as there are."""
-    outcomes, exit_N = replayed.outcomes, replayed.exit_N
+    outcomes, exit_N, is_gated = replayed.outcomes, replayed.exit_N, replayed.outcomes.depth_NE is not None
     log_odds_NE = np.stack([decision.log_odds_B for decision in outcomes.decision_E], axis=1)
     log_odds_N = np.take_along_axis(log_odds_NE, exit_N[:, None], axis=1)[:, 0]
-    soonest_N = exit_N == exit_N.min()
+    soonest_N, latest_N = exit_N == exit_N.min(), exit_N == exit_N.max()
+    if is_gated:
+        low, high = np.quantile(replayed.depth_N, (EXTREME_SHARE, 1 - EXTREME_SHARE))
+        soonest_N, latest_N = replayed.depth_N <= low, replayed.depth_N >= high
     groups: dict[Group, tuple[BoolArray, FloatArray]] = {
         "early": (soonest_N & replayed.right_N, -log_odds_N),
-        "late": (~soonest_N & (exit_N == exit_N.max()), log_odds_N),
-        "cost": (~replayed.right_N & outcomes.right_NE[:, -1], -log_odds_N),
+        "late": (~soonest_N & latest_N, log_odds_N),
+        "cost": (replayed.lost_N, -log_odds_N),
     }
     return tuple(
         _example(group, index, replayed, float(log_odds_N[index]), labels)
@@ -80,7 +85,7 @@ def _example(group: Group, index: int, replayed: Replayed, log_odds: float, labe
         index=index,
         label=name(int(outcomes.label_N[index])),
         prediction=name(int(replayed.class_N[index])),
-        full_depth=name(int(outcomes.class_NE[index, -1])),
+        full_depth=name(int(outcomes.full_N[index])),
         exit_index=int(replayed.exit_N[index]),
         confidence=float(expit(np.float64(log_odds))),
         log_odds=log_odds if np.isfinite(log_odds) else None,

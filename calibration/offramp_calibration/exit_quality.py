@@ -66,7 +66,7 @@ class ExitResult:
     """One exit.
 
     Attributes:
-        depth: Share of the full path's FLOPs that have run when a sample stands at it.
+        depth: Share of the full path's FLOPs that have run, on average, when a sample stands at it.
         milliseconds: Time until its answer at batch 1, if known.
         temperature: The bundle's.
         uncalibrated: On all samples at a temperature of 1.
@@ -93,7 +93,7 @@ def exit_results(
     """Measure every exit.
 
     Args:
-        trace: What was recorded.
+        trace: What was recorded, of a gated network at the gate threshold of the report's operating point.
         temperatures: One a exit.
         names: One a exit.
         milliseconds_E: Time until each exit's answer, if known.
@@ -106,7 +106,7 @@ def exit_results(
         results.append(
             ExitResult(
                 name=name,
-                depth=float(calibrated.depth_E[index]),
+                depth=float(calibrated.mean_depth_E[index]),
                 milliseconds=None if milliseconds_E is None else float(milliseconds_E[index]),
                 temperature=temperature,
                 uncalibrated=Quality.of(trace, uncalibrated, index, 1.0, everyone_N),

@@ -11,6 +11,7 @@ import numpy as np
 from offramp_contract.calibration import Certificate
 from offramp_contract.policy_spec import PolicySpec
 
+from offramp_calibration.about import GateThreshold
 from offramp_calibration.outcomes import Outcomes
 from offramp_calibration.replay import replay
 
@@ -24,6 +25,7 @@ class Candidate:
         compute: Average share of the full path's FLOPs.
         accuracy: Share of right answers.
         exit_rates_E: Share of samples that left at each exit.
+        gate_threshold: What opens the gates; None: the network's own, or it has none.
     """
 
     family: str
@@ -31,16 +33,22 @@ class Candidate:
     compute: float
     accuracy: float
     exit_rates_E: tuple[float, ...]
+    gate_threshold: GateThreshold = None
     certificates: tuple[Certificate, ...] = ()
 
     @classmethod
-    def measure(
-        cls, family: str, policy: PolicySpec, outcomes: Outcomes, certificates: tuple[Certificate, ...] = ()
-    ) -> Self:
-        """Replay a policy."""
+    def measure(cls, family: str, policy: PolicySpec, outcomes: Outcomes, gate_threshold: GateThreshold = None) -> Self:
+        """Replay a policy.
+
+        Args:
+            family: How it was found.
+            policy: The rule.
+            outcomes: What the exits decided.
+            gate_threshold: What opened the gates for them.
+        """
         replayed = replay(policy, outcomes)
         exit_rates_E = tuple(replayed.exit_rates_E.tolist())
-        return cls(family, policy, replayed.compute, replayed.accuracy, exit_rates_E, certificates)
+        return cls(family, policy, replayed.compute, replayed.accuracy, exit_rates_E, gate_threshold)
 
 
 class Costed(Protocol):
@@ -84,3 +92,17 @@ def thin(candidates: Sequence[Candidate], most: int) -> list[Candidate]:
     wanted = np.linspace(computes[0], computes[-1], most)
     kept = np.unique(np.searchsorted(computes, wanted))
     return [candidates[index] for index in kept]
+
+
+def telling(walk: Sequence[Candidate]) -> list[Candidate]:
+    """Keep of a certified walk what anyone may want.
+
+    Of neighbours with the same certificates the earlier, which costs more, is kept only if it is more accurate than all
+    that follow.
+    """
+    on_front = pareto_front(walk)
+    return [
+        candidate
+        for candidate, following in zip(walk, [*walk[1:], None], strict=True)
+        if following is None or candidate.certificates != following.certificates or candidate in on_front
+    ]

@@ -45,7 +45,7 @@ class _Walk:
 
     def __init__(self, outcomes: Outcomes, cuts_per_exit: int) -> None:
         self._right_NE = outcomes.right_NE.astype(np.int64)
-        self._depth_E = outcomes.depth_E
+        self._depth_NE = outcomes.sample_depth_NE
         self._exit_N = np.full(len(outcomes), outcomes.num_exits - 1)
         self._cut_KJ: list[FloatArray] = []
         reached_NK = []
@@ -77,7 +77,7 @@ class _Walk:
             reached_M, exit_M = self._reached_NK[later_N, exit_index], self._exit_N[later_N]
             if not len(reached_M):
                 continue
-            saved_M = self._depth_E[exit_M] - self._depth_E[exit_index]
+            saved_M = self._depth_NE[later_N, exit_M] - self._depth_NE[later_N, exit_index]
             gained_M = self._right_NE[later_N, exit_index] - self._right_NE[later_N, exit_M]
             saved_J = np.cumsum(np.bincount(reached_M, saved_M, len(cut_J))[opened:])
             gained_J = np.cumsum(np.bincount(reached_M, gained_M, len(cut_J))[opened:])

@@ -14,6 +14,7 @@ from offramp_contract.errors import InvalidValue
 from offramp_contract.policy_spec import PolicySpec
 from offramp_contract.statistics import BoolArray
 
+from offramp_calibration.about import GateThreshold
 from offramp_calibration.curves import Curve, gap_closed
 from offramp_calibration.front import pareto_front
 from offramp_calibration.reliability import Interval, wilson
@@ -54,6 +55,7 @@ class MeasuredPoint:
         differs: Share of answers that differ from full depth's.
         lost: Share of answers that are wrong where full depth's is right.
         exit_rates: Share of samples that left at each exit.
+        gate_threshold: What opened the gates; None: the network's own thresholds, or it has no gates.
     """
 
     name: str
@@ -67,6 +69,7 @@ class MeasuredPoint:
     differs: Proportion
     lost: Proportion
     exit_rates: tuple[float, ...]
+    gate_threshold: float | None = None
 
     @classmethod
     def of(
@@ -78,6 +81,7 @@ class MeasuredPoint:
         *,
         policy: PolicySpec | None = None,
         expected: OperatingPoint | None = None,
+        gate_threshold: GateThreshold = None,
     ) -> Self:
         """Measure what a replay came to.
 
@@ -88,6 +92,7 @@ class MeasuredPoint:
             milliseconds_E: Time until each exit's answer at batch 1, if known.
             policy: The setting, if a policy has made the choice.
             expected: The operating point, if it is one.
+            gate_threshold: What opened the gates for the replay.
         """
         rates_E = replayed.exit_rates_E
         return cls(
@@ -102,6 +107,7 @@ class MeasuredPoint:
             differs=Proportion.of(replayed.differs_N),
             lost=Proportion.of(replayed.lost_N),
             exit_rates=tuple(rates_E.tolist()),
+            gate_threshold=gate_threshold,
         )
 
 
@@ -160,21 +166,21 @@ def chosen_by_budgets(points: Sequence[OperatingPoint]) -> list[str]:
 
 
 def summarise(
-    name: str, curve: Curve, oracle: Curve, *, full_cost: float, full_accuracy: float, start: float
+    name: str, curve: Curve, oracle: Curve | None, *, full_cost: float, full_accuracy: float, start: float
 ) -> CurveSummary:
     """Read a curve.
 
     Args:
         name: What it is a curve of.
         curve: Its front.
-        oracle: The label oracle's, in the same cost.
+        oracle: The label oracle's, in the same cost; None where there is none to compare with.
         full_cost: Cost of full depth.
         full_accuracy: Accuracy of full depth.
         start: Budget from which on areas are compared.
     """
     wanted = [full_accuracy - loss - _ROUNDING for loss in ACCURACY_LOSSES]
     cost_at = tuple(curve.cost_for(accuracy) for accuracy in wanted)
-    oracle_at = [oracle.cost_for(accuracy) for accuracy in wanted]
+    oracle_at = [None if oracle is None else oracle.cost_for(accuracy) for accuracy in wanted]
     num_points = len(curve.cost_P)
     written_P = np.unique(np.linspace(0, num_points - 1, min(num_points, MAX_WRITTEN)).round().astype(int))
     return CurveSummary(

@@ -1,22 +1,30 @@
-"""One pass of a bundle at full depth over labelled data, streamed to a trace: whatever its size, a batch is held.
+"""A pass of a bundle at full depth over labelled data, streamed to a trace: whatever its size, a batch is held.
 
-Shapes: N = samples, B = batch, E = exits, C = classes.
+A gated network runs over the data once for every gate threshold: what a gate decides changes what all behind it see.
+
+Shapes: N = samples, B = batch, E = exits, C = classes, K = exits with a rule of the network's own, G = gates,
+S = stages.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 from offramp_contract.errors import UnfitData
+from offramp_contract.gates import gate_thresholds
 from offramp_contract.manifest import Manifest
-from offramp_contract.statistics import FloatArray, IntArray
-from offramp_runtime import StageExecutor, run_all_exits
+from offramp_contract.statistics import BoolArray, Decision, FloatArray, IntArray
+from offramp_runtime import StageExecutor, run_gated
 
+from offramp_calibration.about import ALL_OPEN, About, GateThreshold
 from offramp_calibration.checks import PixelCheck, check_accuracy, check_inputs, check_labels
+from offramp_calibration.gate_ladder import DEFAULT_STEPS, check_steps, in_order, ladder, ladder_rows
 from offramp_calibration.labelled import Inputs, LabelledData
-from offramp_calibration.trace import About, Trace, writing
+from offramp_calibration.trace import Trace
+from offramp_calibration.trace_writer import TraceWriter, writing
 
 BATCH_SIZE: Final = 256
 
@@ -28,7 +36,8 @@ def record(
     *,
     batch_size: int = BATCH_SIZE,
     allow_missing_classes: bool = False,
-    progress: Callable[[int], None] | None = None,
+    gates: int | Collection[GateThreshold] = DEFAULT_STEPS,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Trace:
     """Run every exit on every sample and write what they say.
 
@@ -38,25 +47,159 @@ def record(
         path: The trace's file; written all at once, in the end, or not at all.
         batch_size: Samples at a time, within what the bundle's graphs run with.
         allow_missing_classes: Record data that lacks some of the bundle's classes.
-        progress: Is told the number of samples that are done.
+        gates: For a gated network, at how many gate thresholds at most to record it, all open and its own among them
+            (see `ladder`); or at which, beside these two.
+        progress: Is told how many samples are done and of how many, every pass counted.
 
     Raises:
         UnfitData: If the data is not what the bundle can be calibrated or evaluated on.
+        InvalidValue: If a number of gate thresholds is asked for that is not allowed.
     """
-    manifest, label_N = executor.manifest, data.label_N
-    check_labels(label_N, manifest, allow_missing_classes=allow_missing_classes)
-    digest, num_right = DataDigest(manifest), 0
+    if isinstance(gates, int):
+        check_steps(gates)
+    check_labels(data.label_N, executor.manifest, allow_missing_classes=allow_missing_classes)
     with writing(path) as writer:
-        for start, inputs, label_B in _checked(data, manifest, _rows_at_once(batch_size, manifest)):
-            digest.add(inputs, label_B)
-            logits_EBC = _logits(executor, inputs, start)
-            writer.append(label_B, logits_EBC)
-            num_right += int((logits_EBC[-1].argmax(axis=1) == label_B).sum())
-            if progress is not None:
-                progress(start + len(label_B))
-        check_accuracy(num_right, len(label_N), manifest)
-        writer.finish(About(manifest.name, manifest.model_digest, digest.hexdigest(), manifest.exit_depths))
+        about = _Recording(executor, data, writer, batch_size, progress).run(gates)
+        writer.finish(about)
     return Trace.read(path)
+
+
+class _Recording:
+    """The passes over some data, one after the other."""
+
+    def __init__(
+        self,
+        executor: StageExecutor,
+        data: LabelledData,
+        writer: TraceWriter,
+        batch_size: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._executor = executor
+        self._manifest = executor.manifest
+        self._data = data
+        self._writer = writer
+        self._batch_size = _rows_at_once(batch_size, executor.manifest)
+        self._progress = progress
+        self._num_passes = 1
+        self._num_done = 0
+        self._digest = DataDigest(executor.manifest)
+
+    def run(self, gates: int | Collection[GateThreshold]) -> About:
+        """Record all passes; gives what the trace is about."""
+        manifest, is_gated = self._manifest, bool(self._manifest.gates)
+        if is_gated:
+            self._num_passes = gates if isinstance(gates, int) else len(in_order(gates))
+        score_NG = self._run_pass(ALL_OPEN)
+        thresholds: tuple[GateThreshold, ...] = ()
+        if is_gated:
+            rows = np.sort(ladder_rows(len(score_NG)))
+            thresholds = ladder(manifest, score_NG[rows], gates) if isinstance(gates, int) else in_order(gates)
+            self._num_passes = len(thresholds)
+        for threshold in thresholds[1:]:
+            self._writer.begin_pass()
+            self._run_pass(threshold)
+        return About(
+            manifest.name,
+            manifest.model_digest,
+            self._digest.hexdigest(),
+            manifest.exit_depths,
+            () if manifest.native is None else manifest.native.rules_N,
+            thresholds,
+            len(manifest.gates),
+        )
+
+    def _run_pass(self, threshold: GateThreshold) -> FloatArray:
+        """Run all samples; gives the gates' scores (N, G)."""
+        is_first, num_right, scores = self._num_done == 0, 0, []
+        # The training's record is about the network with its own gates.
+        is_judged = threshold is None if self._manifest.gates else True
+        for start, inputs, label_B in _checked(self._data, self._manifest, self._batch_size):
+            if is_first:
+                self._digest.add(inputs, label_B)
+            batch = _Batch.run(self._executor, inputs, threshold)
+            batch.check(self._manifest, start)
+            self._writer.append(label_B, batch.logits_EBC, batch.native_KB)
+            if self._manifest.gates:
+                self._writer.append_gates(depths(self._manifest, batch.ran_BS), batch.score_BG)
+                scores.append(batch.score_BG)
+            num_right += int((batch.logits_EBC[-1].argmax(axis=1) == label_B).sum())
+            self._tell(len(label_B))
+        if is_judged:
+            check_accuracy(num_right, len(self._data.label_N), self._manifest)
+        return np.concatenate(scores) if scores else np.empty((0, 0), np.float32)
+
+    def _tell(self, num_rows: int) -> None:
+        self._num_done += num_rows
+        if self._progress is not None:
+            self._progress(self._num_done, self._num_passes * len(self._data.label_N))
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What became of a batch at one gate threshold.
+
+    Attributes:
+        native_KB: What the network's own rules compare.
+        ran_BS: Which stages each row ran.
+        score_BG: The gates' scores; NaN where none was computed.
+    """
+
+    logits_EBC: list[FloatArray]
+    native_KB: list[FloatArray]
+    ran_BS: BoolArray
+    score_BG: FloatArray
+
+    @classmethod
+    def run(cls, executor: StageExecutor, inputs: Inputs, threshold: GateThreshold) -> Self:
+        """Run it, padded with its last sample where the graphs need more rows."""
+        manifest, num_rows = executor.manifest, len(next(iter(inputs.values())))
+        lacking = max(manifest.min_batch - num_rows, 0)
+        padded = {name: np.concatenate([array, *[array[-1:]] * lacking]) for name, array in inputs.items()}
+        threshold_G = gate_thresholds(manifest, threshold=threshold) if manifest.gates else None
+        outcome = run_gated(executor, padded if lacking else inputs, threshold_G)
+        native_EB = (Decision(decision_BD).native_B for _, decision_BD in outcome.exits)
+        return cls(
+            logits_EBC=[logits_BC[:num_rows] for logits_BC, _ in outcome.exits],
+            native_KB=[native_B[:num_rows] for native_B in native_EB if native_B is not None],
+            ran_BS=outcome.ran_BS[:num_rows],
+            score_BG=outcome.scores_BG[:num_rows],
+        )
+
+    def check(self, manifest: Manifest, start: int) -> None:
+        """Check that it holds numbers, and scores where a threshold can stand.
+
+        Args:
+            manifest: Of the network.
+            start: The place of the batch's first sample among all.
+
+        Raises:
+            UnfitData: Naming the first sample of which that is not so.
+        """
+        _check_finite(self.logits_EBC, manifest, start)
+        for index, gate in enumerate(manifest.gates):
+            score_B = self.score_BG[:, index]
+            if gate.stage is None:
+                continue
+            is_fit_B = (score_B >= 0) & (score_B <= 1) | ~self.ran_BS[:, gate.stage]
+            if not is_fit_B.all():
+                sample = start + int((~is_fit_B).argmax())
+                raise UnfitData(f"data: {gate.name!r} scores sample {sample} with no number from 0 to 1")
+
+
+def depths(manifest: Manifest, ran_BS: BoolArray) -> FloatArray:
+    """Give the share of the full path's FLOPs that each row had run when it stood at each exit.
+
+    Args:
+        manifest: Of the network.
+        ran_BS: Which stages each row ran.
+
+    Returns:
+        float32, shape (B, E).
+    """
+    flops_S = np.array([stage.flops for stage in manifest.stages], dtype=np.float64)
+    done_BS = np.cumsum(ran_BS * flops_S, axis=1) / max(manifest.full_flops, 1)
+    return np.asarray(done_BS[:, [exit_.stage for exit_ in manifest.exits]], dtype=np.float32)
 
 
 class DataDigest:
@@ -108,17 +251,6 @@ def _checked(data: LabelledData, manifest: Manifest, size: int) -> Iterator[tupl
             pixels.finish()
             return
     raise UnfitData(f"data: {data.name} does not hold one input for each of its {len(label_N):,} labels")
-
-
-def _logits(executor: StageExecutor, inputs: Inputs, start: int) -> list[FloatArray]:
-    """Run a batch, padded with its last sample where the graphs need more rows."""
-    num_rows = len(next(iter(inputs.values())))
-    lacking = max(executor.manifest.min_batch - num_rows, 0)
-    padded = {name: np.concatenate([array, *[array[-1:]] * lacking]) for name, array in inputs.items()}
-    exits = run_all_exits(executor, padded if lacking else inputs)
-    logits_EBC = [logits_BC[:num_rows] for logits_BC, _ in exits]
-    _check_finite(logits_EBC, executor.manifest, start)
-    return logits_EBC
 
 
 def _check_finite(logits_EBC: Iterable[FloatArray], manifest: Manifest, start: int) -> None:

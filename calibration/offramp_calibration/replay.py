@@ -43,18 +43,19 @@ class Replayed:
     @property
     def differs_N(self) -> BoolArray:
         """Whether it differs from what full depth would have answered."""
-        return np.asarray(self.class_N != self.outcomes.class_NE[:, -1])
+        return np.asarray(self.class_N != self.outcomes.full_N)
 
     @property
     def lost_N(self) -> BoolArray:
         """Whether it was wrong where full depth would have been right."""
-        return np.asarray(self.outcomes.right_NE[:, -1] & ~self.right_N)
+        return np.asarray((self.outcomes.full_N == self.outcomes.label_N) & ~self.right_N)
 
     @property
     def depth_N(self) -> FloatArray:
         """Share of the full path's FLOPs that each sample ran."""
-        depth_N: FloatArray = self.outcomes.depth_E[self.exit_N]
-        return depth_N
+        if self.outcomes.depth_NE is None:
+            return np.asarray(self.outcomes.depth_E[self.exit_N])
+        return np.take_along_axis(self.outcomes.depth_NE, self.exit_N[:, None], axis=1)[:, 0]
 
     @property
     def accuracy(self) -> float:
@@ -81,10 +82,10 @@ def replay(policy: Policy | PolicySpec, outcomes: Outcomes) -> Replayed:
         outcomes: What the exits decided.
 
     Raises:
-        InvalidValue: If the spec does not fit the number of exits.
+        InvalidValue: If the spec does not fit the number of exits, or asks for rules that the network does not have.
     """
     if not isinstance(policy, Policy):
-        policy = compile_policy(policy, outcomes.num_exits)
+        policy = compile_policy(policy, outcomes.num_exits, outcomes.native)
     final = outcomes.num_exits - 1
     exit_N = np.full(len(outcomes), final)
     reason_N = np.full(len(outcomes), Reason.FINAL, dtype=np.int8)

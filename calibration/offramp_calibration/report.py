@@ -25,6 +25,16 @@ NUMBERS: Final = "report.json"
 FIGURES: Final = "figures"
 MAX_PICTURE_SIDE: Final = 160
 MAX_TEXT_LENGTH: Final = 280
+_GROUPS: Final = {
+    "early": "Left first: the surest",
+    "late": "Went deepest: the least sure",
+    "cost": "Left early and wrong, where full depth is right",
+}
+_GATED_GROUPS: Final = {
+    "early": "Ran least: the surest",
+    "late": "Ran most: the least sure",
+    "cost": "Wrong, where full depth is right",
+}
 
 
 def write_report(evaluation: Evaluation, folder: Path, samples: Mapping[int, HumanForm | None] | None = None) -> Path:
@@ -85,11 +95,7 @@ def render(evaluation: Evaluation, figures: Mapping[str, Picture], samples: Mapp
         samples=samples,
         shares=SHARES_OF_FULL_COST,
         losses=ACCURACY_LOSSES,
-        groups={
-            "early": "Left first: the surest",
-            "late": "Went deepest: the least sure",
-            "cost": "Left early and wrong, where full depth is right",
-        },
+        groups=_GROUPS if evaluation.gates is None else _GATED_GROUPS,
     )
 
 

@@ -17,6 +17,7 @@ from offramp_contract.policy_spec import (
     EntropySpec,
     FixedSpec,
     MarginSpec,
+    NativeSpec,
     PatienceSpec,
     PolicySpec,
     WindowSpec,
@@ -30,6 +31,8 @@ from offramp_calibration.thresholds import ALWAYS, NEVER, as_certain, confidence
 LEAST_ENTROPY: Final = 1e-5
 LEAST_MARGIN_GAP: Final = 1e-4
 MAX_STATIC_EXITS: Final = 256
+OWN: Final = "native-own"
+"""The family of the one setting that is in the network's own code."""
 
 
 def sweeps(outcomes: Outcomes, num_settings: int) -> dict[str, list[PolicySpec]]:
@@ -53,6 +56,7 @@ def sweeps(outcomes: Outcomes, num_settings: int) -> dict[str, list[PolicySpec]]
         "agreement": (AgreementSpec(threshold=share) for share in _agreements(last, num_settings)),
         "patience": (PatienceSpec(patience=patience) for patience in patiences),
         "window": _windows(outcomes, num_settings),
+        **_natives(outcomes, num_settings),
         **_combinations(outcomes, patiences, num_settings),
     }
     return {family: list(specs) for family, specs in families.items()}
@@ -86,6 +90,20 @@ def _windows(outcomes: Outcomes, most: int) -> list[WindowSpec]:
     num_thresholds = (1 + math.isqrt(1 + 8 * most)) // 2  # n thresholds make n (n - 1) / 2 pairs
     pairs = combinations(confidence_thresholds(outcomes, num_thresholds), 2)
     return [WindowSpec(low=low, high=high) for low, high in pairs]
+
+
+def _natives(outcomes: Outcomes, most: int) -> dict[str, list[PolicySpec]]:
+    """Give the network's own setting, and where its exits compare with one number, others in that number's place."""
+    if outcomes.native is None:
+        return {}
+    own: dict[str, list[PolicySpec]] = {OWN: [NativeSpec()]}
+    knobs = [index for index, rule in enumerate(outcomes.native.rules_N) if rule.is_knob]
+    scores = [outcomes.decision_E[index].native_B for index in knobs]
+    finite = [native_N[np.isfinite(native_N)] for native_N in scores if native_N is not None]
+    if not any(native_N.size for native_N in finite):
+        return own
+    cuts = cuts_between(np.concatenate(finite), np.linspace(0, 1, most))
+    return own | {"native": [NativeSpec(threshold=float(cut)) for cut in cuts]}
 
 
 def _combinations(outcomes: Outcomes, patiences: list[int], num_settings: int) -> dict[str, list[PolicySpec]]:

@@ -4,77 +4,52 @@ A trace is all that calibration and evaluation need: any policy can be replayed 
 again. Its file is a plain `.npz` that numpy reads anywhere; ours are stored without compression, so that the arrays are
 mapped into memory instead of being read, and neither writing nor reading one needs room for it.
 
-Shapes: N = samples, E = exits, C = classes.
+A gate's decision changes what later stages see, so the trace of a gated network holds a pass for each gate threshold
+that was tried: the first with every gate open, which is full depth, then those of `About.threshold_P`.
+
+Shapes: N = samples, E = exits, C = classes, K = exits with a rule of the network's own: all but the final one, or none,
+P = passes, G = gates.
 """
 
-import json
-import os
-import re
-import shutil
-import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Final, Self
+from typing import Self
 
 import numpy as np
 from offramp_contract.errors import BrokenTrace
 from offramp_contract.manifest import Manifest
 from offramp_contract.statistics import FloatArray, IntArray
 
+from offramp_calibration.about import ALL_OPEN, About, GateThreshold
 from offramp_calibration.npz import BROKEN_ZIP, members_of, read_member
 
-TRACE_FORMAT_VERSION: Final = 1
+__all__ = ["ALL_OPEN", "About", "GatePass", "GateThreshold", "Trace", "named"]
+
 MAX_ABOUT_BYTES = 2**20
 MAX_SAMPLES = 2**31
 _LOCAL_HEADER_BYTES = 30
 _ROWS_AT_ONCE = 8192
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class About:
-    """Where a trace comes from.
+class GatePass:
+    """What became of every sample of a gated network at one gate threshold; all arrays are mapped from the file.
 
     Attributes:
-        model: Name of the bundle.
-        model_digest: Its model digest.
-        data_digest: Sha256 over all inputs and labels, in order (see `record`).
-        depth_E: Share of the full path's FLOPs that a row has run when it stands at each exit, rising to 1.
+        threshold: What opened the gates.
+        logits_ENC: As in `Trace`.
+        native_KN: As in `Trace`.
+        depth_NE: Share of the full path's FLOPs that each sample had run when it stood at each exit, float32.
+        score_NG: The gates' scores, float32; NaN where none was computed.
     """
 
-    model: str
-    model_digest: str
-    data_digest: str
-    depth_E: tuple[float, ...]
-
-    @classmethod
-    def from_json(cls, text: bytes) -> Self:
-        """Read it.
-
-        Raises:
-            BrokenTrace: If it is not what `record` writes, or of a format this version does not know.
-        """
-        try:
-            written = json.loads(text)
-            if (version := written.pop("format_version")) != TRACE_FORMAT_VERSION:
-                raise BrokenTrace(f"trace format {version!r} is not known here; this Offramp reads 1")
-            about = cls(**written | {"depth_E": tuple(float(depth) for depth in written["depth_E"])})
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            raise BrokenTrace("the trace does not say which bundle and data it comes from") from None
-        texts = (about.model, about.model_digest, about.data_digest)
-        if not all(isinstance(text, str) for text in texts) or not all(map(_SHA256.fullmatch, texts[1:])):
-            raise BrokenTrace("the trace does not say which bundle and data it comes from")
-        rising = all(a <= b for a, b in zip((0.0, *about.depth_E), (*about.depth_E, 1.0), strict=True))
-        if not about.depth_E or not rising:
-            raise BrokenTrace("the trace's depths do not rise from 0 to 1")
-        return about
-
-    def to_json(self) -> bytes:
-        """Write it."""
-        return json.dumps({"format_version": TRACE_FORMAT_VERSION} | asdict(self)).encode()
+    threshold: GateThreshold
+    logits_ENC: tuple[FloatArray, ...]
+    native_KN: tuple[FloatArray, ...]
+    depth_NE: FloatArray
+    score_NG: FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +60,15 @@ class Trace:
         about: Where it comes from.
         label_N: The right class of each sample, int64.
         logits_ENC: Per exit the raw scores, float32, shape (N, C); mapped from the file where one was read.
+        native_KN: What the network's own rule compares at each exit, float32, shape (N,), never NaN; mapped likewise.
+        passes: Of a gated network, every pass; the first is the one with all gates open, `logits_ENC` and `native_KN`.
     """
 
     about: About
     label_N: IntArray
     logits_ENC: tuple[FloatArray, ...]
+    native_KN: tuple[FloatArray, ...] = ()
+    passes: tuple[GatePass, ...] = ()
 
     def __len__(self) -> int:
         return len(self.label_N)
@@ -107,14 +86,40 @@ class Trace:
                 if "about" not in members or members["about"].file_size > MAX_ABOUT_BYTES:
                     raise BrokenTrace(f"{path.name!r} is not a trace: it does not say which bundle it comes from")
                 about = About.from_json(_map_member(path, archive, members["about"]).tobytes())
-                names = ("label", *(f"logits_{index}" for index in range(len(about.depth_E))))
-                label_N, *logits_ENC = (_map_member(path, archive, members[name]) for name in names)
+                label_N = _map_member(path, archive, members["label"])
+                arrays = _Arrays(path, archive, members, about)
+                logits_ENC, native_KN = arrays.exits(0)
+                passes = tuple(arrays.gate_pass(index) for index in range(len(about.threshold_P)))
         except KeyError as missing:
             raise BrokenTrace(f"{path.name!r} holds no {missing.args[0]}") from None
         except BROKEN_ZIP:
             raise BrokenTrace(f"{path.name!r} is not a trace that `record` wrote") from None
-        _check_shapes(label_N, logits_ENC)
-        return cls(about, label_N, tuple(logits_ENC))
+        _check_labels(label_N, logits_ENC)
+        _check_exits(label_N, logits_ENC, native_KN)
+        for index, one in enumerate(passes):
+            _check_pass(about, label_N, one, index)
+        return cls(about, label_N, logits_ENC, native_KN, passes)
+
+    def at(self, threshold: GateThreshold) -> Self:
+        """Give the trace with the logits and scores of one of its passes in the place of those of full depth.
+
+        Raises:
+            BrokenTrace: If it holds no pass at that gate threshold.
+        """
+        one = self.pass_at(threshold)
+        return replace(self, logits_ENC=one.logits_ENC, native_KN=one.native_KN)
+
+    def pass_at(self, threshold: GateThreshold) -> GatePass:
+        """Find a pass.
+
+        Raises:
+            BrokenTrace: If it holds none at that gate threshold.
+        """
+        for one in self.passes:
+            if one.threshold == threshold:
+                return one
+        wanted = "with the network's own gate thresholds" if threshold is None else f"at gate threshold {threshold:g}"
+        raise BrokenTrace(f"the trace holds no pass {wanted}; remove it to record it anew")
 
     def check_made_for(self, manifest: Manifest) -> None:
         """Check that it can have been recorded with a bundle.
@@ -131,66 +136,43 @@ class Trace:
             logits_NC.shape[1] for logits_NC in self.logits_ENC
         ] != widths or self.about.depth_E != manifest.exit_depths:
             raise BrokenTrace("the trace's exits are not this bundle's")
-        for index, logits_NC in enumerate(self.logits_ENC):
-            starts = range(0, len(self), _ROWS_AT_ONCE)
-            if not all(np.isfinite(logits_NC[start : start + _ROWS_AT_ONCE]).all() for start in starts):
-                raise BrokenTrace(f"the trace's logits_{index} are not all finite")
+        if self.about.native_K and self.about.native_K != tuple(exit_.native for exit_ in manifest.exits[:-1]):
+            raise BrokenTrace("the trace's exit rules are not this bundle's")
+        gates = len(manifest.gates)
+        if self.about.num_gates != gates:
+            raise BrokenTrace(f"the trace was recorded with {self.about.num_gates} gates, and this bundle has {gates}")
+        _check_finite(self.logits_ENC, 0, len(self))
+        for index, one in enumerate(self.passes[1:], 1):
+            _check_finite(one.logits_ENC, index, len(self))
 
 
-class TraceWriter:
-    """Appends batches to a trace on disk; made by `writing`."""
-
-    def __init__(self, path: Path, folder: Path) -> None:
-        self._path = path
-        self._folder = folder
-        self._num_samples = 0
-        self._parts: dict[str, tuple[IO[bytes], np.dtype[Any], tuple[int, ...]]] = {}
-
-    def append(self, label_B: IntArray, logits_EBC: Sequence[FloatArray]) -> None:
-        """Add a batch: labels (B,) and per exit logits (B, C)."""
-        self._append("label", label_B.astype(np.int64))
-        for index, logits_BC in enumerate(logits_EBC):
-            self._append(f"logits_{index}", logits_BC.astype(np.float32))
-        self._num_samples += len(label_B)
-
-    def finish(self, about: About) -> None:
-        """Join what was appended into the file and put it in its place."""
-        self._append("about", np.frombuffer(about.to_json(), np.uint8))
-        joined = self._folder / "joined"
-        with zipfile.ZipFile(joined, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            for name, (file, dtype, row_shape) in self._parts.items():
-                length = len(about.to_json()) if name == "about" else self._num_samples
-                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array_header_1_0(member, header | {"shape": (length, *row_shape)})
-                    file.seek(0)
-                    shutil.copyfileobj(file, member, 2**20)
-        os.replace(joined, self._path)
-
-    def close(self) -> None:
-        """Let go of the parts."""
-        for file, _, _ in self._parts.values():
-            file.close()
-
-    def _append(self, name: str, rows: np.ndarray) -> None:
-        if name not in self._parts:
-            self._parts[name] = ((self._folder / name).open("w+b"), rows.dtype, rows.shape[1:])
-        file, _, row_shape = self._parts[name]
-        if rows.shape[1:] != row_shape:
-            raise BrokenTrace(f"{name}: rows of shape {rows.shape[1:]} follow rows of shape {row_shape}")
-        file.write(np.ascontiguousarray(rows).data)
+def named(name: str, pass_index: int) -> str:
+    """Name an array of a pass in the file: those of the first, or only, pass are named as they are."""
+    return f"{name}_at_{pass_index}" if pass_index else name
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[TraceWriter]:
-    """Write a trace batch by batch; nothing is left behind if it does not come to `finish`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        writer = TraceWriter(path, Path(folder))
-        try:
-            yield writer
-        finally:
-            writer.close()
+@dataclass(frozen=True, slots=True)
+class _Arrays:
+    """Maps the arrays of a trace's passes."""
+
+    path: Path
+    archive: zipfile.ZipFile
+    members: Mapping[str, zipfile.ZipInfo]
+    about: About
+
+    def exits(self, index: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """Give every exit's logits and what its own rule compares in a pass."""
+        logits_ENC = tuple(self._map(named(f"logits_{k}", index)) for k in range(len(self.about.depth_E)))
+        native_KN = tuple(self._map(named(f"native_{k}", index)) for k in range(len(self.about.native_K)))
+        return logits_ENC, native_KN
+
+    def gate_pass(self, index: int) -> GatePass:
+        """Give a pass of a gated network."""
+        depth_NE, score_NG = (self._map(named(name, index)) for name in ("depth", "scores"))
+        return GatePass(self.about.threshold_P[index], *self.exits(index), depth_NE, score_NG)
+
+    def _map(self, name: str) -> np.ndarray:
+        return _map_member(self.path, self.archive, self.members[name])
 
 
 def _map_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
@@ -206,12 +188,40 @@ def _map_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> 
     return np.memmap(path, member.dtype, "r", offset, member.shape)
 
 
-def _check_shapes(label_N: np.ndarray, logits_ENC: Sequence[np.ndarray]) -> None:
+def _check_labels(label_N: np.ndarray, logits_ENC: Sequence[np.ndarray]) -> None:
     if label_N.ndim != 1 or label_N.dtype != np.int64 or not 1 <= len(label_N) <= MAX_SAMPLES:
         raise BrokenTrace("the trace's labels must be int64, one a sample")
+    num_classes = min((logits_NC.shape[1] for logits_NC in logits_ENC if logits_NC.ndim == 2), default=0)
+    if num_classes and (num_classes < 2 or label_N.min() < 0 or label_N.max() >= num_classes):
+        raise BrokenTrace(f"the trace's labels are not all among the {num_classes} classes that its exits tell apart")
+
+
+def _check_exits(
+    label_N: np.ndarray, logits_ENC: Iterable[np.ndarray], native_KN: Iterable[np.ndarray], pass_index: int = 0
+) -> None:
     for index, logits_NC in enumerate(logits_ENC):
         if logits_NC.ndim != 2 or logits_NC.dtype != np.float32 or len(logits_NC) != len(label_N):
-            raise BrokenTrace(f"the trace's logits_{index} must be float32, one row a sample")
-    num_classes = min(logits_NC.shape[1] for logits_NC in logits_ENC)
-    if num_classes < 2 or label_N.min() < 0 or label_N.max() >= num_classes:
-        raise BrokenTrace(f"the trace's labels are not all among the {num_classes} classes that its exits tell apart")
+            name = named(f"logits_{index}", pass_index)
+            raise BrokenTrace(f"the trace's {name} must be float32, one row a sample")
+    for index, native_N in enumerate(native_KN):
+        if native_N.shape != label_N.shape or native_N.dtype != np.float32 or np.isnan(native_N).any():
+            name = named(f"native_{index}", pass_index)
+            raise BrokenTrace(f"the trace's {name} must be float32, one number a sample")
+
+
+def _check_pass(about: About, label_N: np.ndarray, one: GatePass, index: int) -> None:
+    _check_exits(label_N, one.logits_ENC, one.native_KN, index)
+    depth_NE, score_NG = one.depth_NE, one.score_NG
+    if depth_NE.shape != (len(label_N), len(about.depth_E)) or depth_NE.dtype != np.float32:
+        raise BrokenTrace(f"the trace's {named('depth', index)} must be float32, one number a sample and exit")
+    if not ((depth_NE >= 0) & (depth_NE <= np.array(about.depth_E, dtype=np.float32))).all():
+        raise BrokenTrace(f"the trace's {named('depth', index)} holds more than full depth, or no number")
+    if score_NG.shape != (len(label_N), about.num_gates) or score_NG.dtype != np.float32:
+        raise BrokenTrace(f"the trace's {named('scores', index)} must be float32, one number a sample and gate")
+
+
+def _check_finite(logits_ENC: Iterable[FloatArray], pass_index: int, num_samples: int) -> None:
+    for index, logits_NC in enumerate(logits_ENC):
+        starts = range(0, num_samples, _ROWS_AT_ONCE)
+        if not all(np.isfinite(logits_NC[start : start + _ROWS_AT_ONCE]).all() for start in starts):
+            raise BrokenTrace(f"the trace's {named(f'logits_{index}', pass_index)} are not all finite")

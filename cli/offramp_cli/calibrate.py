@@ -41,6 +41,14 @@ def calibrate(
         Path | None, typer.Option(help="Write the calibrated bundle to this new folder; unset: into the bundle's own.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which samples fit and which certify.")] = 0,
+    gate_steps: Annotated[
+        int,
+        typer.Option(
+            min=3,
+            max=64,
+            help="For a network with gates: how many gate thresholds to run the data at, each in a pass of its own.",
+        ),
+    ] = 12,
     batch_size: BatchSize = 256,
     threads: Threads = None,
     device: Device = "auto",
@@ -61,7 +69,7 @@ def calibrate(
     labelled = None if data is None else open_data(data, opened, "calibration", data_dir)
     if labelled is not None and labelled.remark:
         stderr.print(labelled.remark, highlight=False, markup=False, soft_wrap=True)
-    recording = Recording(trace, batch_size, device, threads, allow_missing_classes)
+    recording = Recording(trace, batch_size, device, threads, allow_missing_classes, gate_steps)
     with traced(opened, None if labelled is None else labelled.data, recording) as recorded:
         calibration = _calibrated(recorded, seed)
         path = write_calibration(calibration, bundle) if out is None else write_bundle(opened, calibration, out)
@@ -89,6 +97,9 @@ def report(calibration: "Calibration", trace: "Trace", manifest: "Manifest") -> 
     """Print what a calibration says: of the exits, of compute budgets, and what is certified."""
     stdout.print(_exits(calibration, trace, manifest))
     stdout.print()
+    if trace.passes:
+        stdout.print(_gates(calibration.operating_points, trace))
+        stdout.print()
     stdout.print(_budgets(calibration.operating_points))
     stdout.print()
     stdout.print(_certified(calibration.operating_points))
@@ -110,11 +121,27 @@ def _check_target(bundle: Path, out: Path | None) -> None:
 
 
 def _exits(calibration: "Calibration", trace: "Trace", manifest: "Manifest") -> Table:
-    table = _table("exit", "depth", "accuracy", "temperature")
+    table = _table("exit" if not manifest.gates else "exit, all gates open", "depth", "accuracy", "temperature")
     rows = zip(manifest.exits, manifest.exit_depths, trace.logits_ENC, calibration.temperatures, strict=True)
     for exit_, depth, logits_NC, temperature in rows:
         accuracy = float((logits_NC.argmax(axis=1) == trace.label_N).mean())
         table.add_row(exit_.name, f"{depth:.1%}", f"{accuracy:.1%}", f"{temperature:.3f}")
+    return table
+
+
+def _gates(points: Sequence["OperatingPoint"], trace: "Trace") -> Table:
+    """Say what each gate threshold comes to at the final exit."""
+    from offramp_contract.policy_spec import FixedSpec
+
+    final = FixedSpec(exit=len(trace.logits_ENC) - 1)
+    table = _table("gate threshold", "is served by", "average compute", "accuracy", "promised")
+    for point in sorted(points, key=lambda point: -point.compute):
+        if point.policy != final:
+            continue
+        shown = "own" if point.gate_threshold is None else f"{point.gate_threshold:.4g}"
+        risk = point.certificate("consistency", DELTA)
+        promised = "-" if risk is None else f"differs in ≤ {risk.bound:.1%}"
+        table.add_row(shown, point.name, *_shares(point), promised)
     return table
 
 

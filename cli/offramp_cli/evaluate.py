@@ -61,6 +61,7 @@ def evaluate(
 ) -> None:
     """Measure a bundle on labelled data, and write a report: accuracy against compute, exits, budgets, certificates."""
     from offramp_calibration.evaluate import named_point
+    from offramp_calibration.gate_ladder import DEFAULT_STEPS
     from offramp_calibration.report import write_report
     from offramp_runtime import open_bundle, open_device
 
@@ -69,8 +70,11 @@ def evaluate(
 
     _check_targets(out, merge, timing=timing)
     opened = open_bundle(bundle)
+    points = opened.calibration.operating_points
     if point is not None:
-        named_point(point, opened.calibration.operating_points)
+        named_point(point, points)
+    if opened.manifest.gates:
+        timing = _without_times(merge)
     labelled = None if data is None else open_data(data, opened, "test", data_dir)
     if labelled is not None and labelled.remark:
         stderr.print(labelled.remark, highlight=False, markup=False, soft_wrap=True)
@@ -86,7 +90,9 @@ def evaluate(
         ]
     )
     inputs = _rows_to_time(opened, samples)
-    with traced(opened, samples, Recording(trace, batch_size, device, threads, allow_missing_classes)) as recorded:
+    thresholds = {one.gate_threshold for one in points} or DEFAULT_STEPS
+    recording = Recording(trace, batch_size, device, threads, allow_missing_classes, thresholds)
+    with traced(opened, samples, recording) as recorded:
         provenance = _provenance(opened, recorded, samples.name if samples else str(trace), command)
         run_on = open_device(device, threads) if timing else None
         evaluation = _evaluate(opened, recorded, provenance, point=point, device=run_on, inputs=inputs)
@@ -107,6 +113,14 @@ def _check_targets(out: Path, merge: Path | None, *, timing: bool) -> None:
         raise CommandError(f"--merge {merge} exists; name a new folder")
     if merge is not None and not timing:
         raise CommandError("--merge needs times to tell which exits cost more than they save; leave out --no-timing")
+
+
+def _without_times(merge: Path | None) -> bool:
+    """Say that a gated network's stages are not timed: a row's time depends on which of them it runs."""
+    if merge is not None:
+        raise CommandError("--merge is for networks without gates")
+    stderr.print("this network has gates; it is evaluated without times and without advice on exits", highlight=False)
+    return False
 
 
 def _given(flag: str, value: object) -> list[str]:

@@ -105,7 +105,7 @@ def _measured(
     from offramp_exporter.merge import without_exits as merged_bundle
 
     whole, fewer = map(PathCosts.of, time_stages([bundle, merged_bundle(bundle, advice.merge)], device, inputs))
-    spec = without_exits(advice.policy, advice.merge, outcomes.num_exits)
+    spec = without_exits(advice.policy, advice.merge, outcomes.num_exits, outcomes.native)
     now = setting_of(replay(advice.policy, outcomes), whole.flops_E, whole.ms_E, whole)
     then = setting_of(replay(spec, outcomes.without_exits(advice.merge)), fewer.flops_E, fewer.ms_E, whole)
     return now, then

@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gated_bundles import CENTRAL, CHOICE, NESTED, ONE_EXIT, PRIORITIES, write_gated
+from gated_samples import draw_gated
 from offramp_calibration.calibrate import CalibrationSettings, calibrate
+from offramp_calibration.labelled import Arrays
 from offramp_calibration.outcomes import Outcomes
 from offramp_calibration.trace import About, Trace
 from offramp_contract.calibration import Calibration
@@ -113,6 +116,43 @@ class Residual(nn.Module):
         return logits
 
 
+class Returning(Residual):
+    """Returns early by itself: by a probability, by the gap between two, and by what two exits agree on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        x = x + torch.tanh(2 * self.blocks[0](x))
+        first: torch.Tensor = 3 * self.heads[0](x)
+        if first.softmax(1).max() > 0.7:
+            return first
+        x = x + torch.tanh(2 * self.blocks[1](x))
+        second: torch.Tensor = 3 * self.heads[1](x)
+        top = second.softmax(1).topk(2)[0][0]
+        if top[0] - top[1] >= 0.4:
+            return second
+        x = x + torch.tanh(2 * self.blocks[2](x))
+        third: torch.Tensor = 3 * self.heads[2](x)
+        if torch.equal(second.argmax(1), third.argmax(1)):
+            return third
+        x = x + torch.tanh(2 * self.blocks[3](x))
+        return 3 * self.heads[3](x)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def returning_network() -> Returning:
+    """The network behind `returning`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Returning().eval()
+
+
+@pytest.fixture(scope="session")
+def returning(returning_network: Returning, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a network that leaves by rules of its own."""
+    folder = tmp_path_factory.mktemp("exported") / "returning"
+    export(returning_network, torch.linspace(-2, 2, 48).view(4, 12), folder, name="returning")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def network() -> Residual:
     """The network behind `exported`."""
@@ -149,3 +189,30 @@ def evaluated(make_bundle: Callable[..., Path]) -> Callable[..., tuple[Manifest,
         return manifest, chosen, fitted(draw_trace(**drawn))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def gated_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the bundle of a gated network by hand, by the name of its kind."""
+    kinds = {"one exit": ONE_EXIT, "central": CENTRAL, "nested": NESTED, "choice": CHOICE}
+    written: dict[str, Path] = {}
+
+    def give(kind: str) -> Path:
+        if kind not in written:
+            priorities = PRIORITIES if kind == "choice" else ()
+            folder = tmp_path_factory.mktemp("gated") / "bundle"
+            written[kind] = write_gated(folder, kinds[kind], name="gated", priorities=priorities)
+        return written[kind]
+
+    return give
+
+
+@pytest.fixture(scope="session")
+def gated_samples() -> Callable[..., Arrays]:
+    """Draw samples of a gated bundle, mostly labelled with what the network says with its own gates."""
+
+    def draw(folder: Path, num_samples: int, seed: int = 0) -> Arrays:
+        x, label_N = draw_gated(folder, num_samples, seed)
+        return Arrays("drawn", {"x": x}, label_N, open_bundle(folder).manifest)
+
+    return draw

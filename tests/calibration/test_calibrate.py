@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from offramp_calibration.calibrate import MAX_SETTINGS, CalibrationSettings, calibrate, split
 from offramp_calibration.greedy import greedy_family
+from offramp_calibration.labelled import Arrays
 from offramp_calibration.outcomes import Outcomes
+from offramp_calibration.record import record
 from offramp_calibration.replay import replay
 from offramp_calibration.trace import Trace
 from offramp_calibration.write import write_calibration
 from offramp_contract.budgets import certified_accuracy, certified_risk, within_compute
 from offramp_contract.calibration import MAX_OPERATING_POINTS, Calibration, Certificate, OperatingPoint
 from offramp_contract.errors import InvalidValue, UnfitData
-from offramp_contract.policy_spec import ConfidenceSpec, FixedSpec
-from offramp_runtime import open_bundle
+from offramp_contract.policy_spec import ConfidenceSpec, FixedSpec, NativeSpec
+from offramp_runtime import StageExecutor, open_bundle, open_device, run_all_exits
 
 MakeTrace = Callable[..., Trace]
 SETTINGS = CalibrationSettings(num_settings=60, num_budgets=20, num_steps=60)
@@ -68,6 +70,22 @@ def test_every_policy_has_points_and_full_depth_one(calibration: Calibration) ->
         "fixed-100.0"
     ]
     assert all(len(points) <= SETTINGS.num_kept for points in found.values())
+
+
+def test_the_networks_own_setting_is_a_point_that_says_so(returning: Path, tmp_path: Path) -> None:
+    executor = StageExecutor(open_bundle(returning), open_device("cpu", 1))
+    x = np.random.default_rng(0).normal(size=(400, 12)).astype(np.float32)
+    final_NC, _ = run_all_exits(executor, {"x": x})[-1]
+    data = Arrays("drawn", {"x": x}, final_NC.argmax(axis=1), executor.manifest)
+    trace = record(executor, data, tmp_path / "t.npz")
+
+    points = calibrate(trace, SETTINGS).operating_points
+
+    (own,) = (point for point in points if point.name.startswith("native-own-"))
+    assert own.policy == NativeSpec()
+    replayed = replay(NativeSpec(), Outcomes.of(trace))
+    assert own.exit_rates == tuple(replayed.exit_rates_E.tolist())
+    assert any(isinstance(point.policy, NativeSpec) and point.policy.threshold is not None for point in points)
 
 
 def test_of_each_swept_policy_no_point_beats_another(calibration: Calibration) -> None:
@@ -174,8 +192,8 @@ def test_settings_are_bounded(wrong: dict[str, float]) -> None:
 
 
 def test_all_that_settings_allow_fits_into_a_calibration() -> None:
-    swept_families, early_exits = 7, 256
-    assert MAX_SETTINGS * (swept_families + 2) + early_exits <= MAX_OPERATING_POINTS
+    swept_families, early_exits, own = 8, 256, 1
+    assert MAX_SETTINGS * (swept_families + 2) + early_exits + own <= MAX_OPERATING_POINTS
 
 
 def test_progress_is_told_stage_by_stage(make_trace: MakeTrace) -> None:

@@ -139,8 +139,8 @@ def test_a_batch_that_is_too_small_is_padded_and_the_padding_forgotten(counting,
 
 def test_progress_rises_to_the_number_of_samples(executor, data, tmp_path):
     seen = []
-    record(executor, data, tmp_path / "t.npz", batch_size=128, progress=seen.append)
-    assert seen == [128, 256, 300]
+    record(executor, data, tmp_path / "t.npz", batch_size=128, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(128, 300), (256, 300), (300, 300)]
 
 
 class Endless:

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from offramp_calibration.labelled import Arrays
@@ -161,10 +162,29 @@ POLICIES = [
 ]
 
 
+NATIVE = [
+    {"kind": "native"},
+    {"kind": "native", "threshold": 0.55},
+    {"kind": "native", "threshold": (0.9, None, None)},
+    {"kind": "all_of", "of": [{"kind": "native"}, {"kind": "confidence", "threshold": 0.8}]},
+    {"kind": "any_of", "of": [{"kind": "native", "threshold": 0.9}, {"kind": "entropy", "threshold": 0.2}]},
+]
+
+
 @pytest.fixture(scope="module")
 def served(exported, tmp_path_factory):
     """The bundle with temperatures, its inputs, and what replay makes of its trace."""
-    folder = tmp_path_factory.mktemp("served") / "residual"
+    return recorded(exported, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def served_native(returning, tmp_path_factory):
+    """The same of a network that leaves by rules of its own."""
+    return recorded(returning, tmp_path_factory)
+
+
+def recorded(exported, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "copy"
     shutil.copytree(exported, folder)
     bundle = open_bundle(folder)
     write_calibration(Calibration(model_digest=bundle.manifest.model_digest, temperatures=TEMPERATURES), folder)
@@ -177,20 +197,79 @@ def served(exported, tmp_path_factory):
     return folder, x, Outcomes.of(trace, bundle.calibration.temperatures)
 
 
+RELAXED = EngineSettings(default_latency_ms=None, max_wait_ms=1e6, warm_up_s=0.2)
+
+
 @pytest.fixture(scope="module")
 def engine(served):
-    folder, _, _ = served
-    relaxed = EngineSettings(default_latency_ms=None, max_wait_ms=1e6, warm_up_s=0.2)
-    with Engine.open(folder, "cpu", relaxed) as opened:
+    with Engine.open(served[0], "cpu", RELAXED) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def native_engine(served_native):
+    with Engine.open(served_native[0], "cpu", RELAXED) as opened:
         yield opened
 
 
 def test_every_kind_of_policy_is_compared_with_the_engine():
-    assert {policy["kind"] for policy in POLICIES} == set(KINDS)
+    assert {policy["kind"] for policy in [*POLICIES, *NATIVE]} == set(KINDS)
 
 
 @pytest.mark.parametrize("written", POLICIES, ids=str)
 def test_the_engine_lets_every_sample_leave_where_replay_says(served, engine, written, record_property):
+    compare(served, engine, written, record_property)
+
+
+@pytest.mark.parametrize("written", NATIVE, ids=str)
+def test_the_engine_follows_a_networks_own_rules_as_replay_does(served_native, native_engine, written, record_property):
+    compare(served_native, native_engine, written, record_property)
+
+
+def test_a_replay_of_the_networks_own_rules_is_the_network_itself(served_native, returning_network):
+    folder, x, outcomes = served_native
+    replayed = replay(open_bundle(folder).manifest.default_policy, outcomes)
+
+    assert (replayed.exit_rates_E > 0.01).all()
+    is_early_N = replayed.exit_N < 3
+    assert (replayed.reason_N == np.where(is_early_N, Reason.NATIVE, Reason.FINAL)).all()
+    executor = StageExecutor(open_bundle(folder), open_device("cpu", 1))
+    rows = np.concatenate([np.flatnonzero(replayed.exit_N == index)[:20] for index in range(4)])
+    logits_E = [logits_BC for logits_BC, _ in run_all_exits(executor, {"x": x[rows]})]
+    for place, row in enumerate(rows.tolist()):
+        with torch.no_grad():
+            own_C = returning_network(torch.from_numpy(x[row : row + 1]))[0].numpy()
+        np.testing.assert_allclose(logits_E[replayed.exit_N[row]][place], own_C, rtol=1e-4, atol=1e-4)
+
+
+def test_temperatures_do_not_move_a_networks_own_rules(served_native, tmp_path):
+    folder, x, outcomes = served_native
+    executor = StageExecutor(open_bundle(folder), open_device("cpu", 1))
+    data = Arrays("drawn", {"x": x}, outcomes.label_N, executor.manifest)
+    trace = record(executor, data, tmp_path / "t.npz")
+
+    hot = Outcomes.of(trace, (9.0, 0.1, 3.0, 1.0))
+
+    spec = parse_policy("native")
+    np.testing.assert_array_equal(replay(spec, hot).exit_N, replay(spec, outcomes).exit_N)
+
+
+def test_a_network_that_lacks_exits_leaves_by_the_rules_of_those_that_stay(served_native):
+    _, _, outcomes = served_native
+    whole, fewer = outcomes.native.rules_N, outcomes.without_exits({0})
+
+    assert fewer.native.rules_N == whole[1:]
+    before, after = (replay(parse_policy("native"), one).exit_N for one in (outcomes, fewer))
+    np.testing.assert_array_equal(after[before > 0], before[before > 0] - 1)
+    assert outcomes.without_exits({0, 1, 2}).native is None
+
+
+def test_a_policy_of_rules_that_the_network_does_not_have_is_refused(outcomes):
+    with pytest.raises(InvalidValue, match="no exit rules of its own"):
+        replay(parse_policy("native"), outcomes)
+
+
+def compare(served, engine, written, record_property):
     _, x, outcomes = served
     spec = parse_policy(written)
     replayed = replay(spec, outcomes)
@@ -226,12 +305,14 @@ def is_near(spec, outcomes):
         return np.any([is_near(member, outcomes) for member in spec.of], axis=0)
     for index, decision in enumerate(outcomes.decision_E[:-1]):
         near_N |= decision.margin_B < NEAR  # the class itself
-        threshold = compile_policy(spec, outcomes.num_exits).threshold_at(index)
+        threshold = compile_policy(spec, outcomes.num_exits, outcomes.native).threshold_at(index)
         match spec.kind:
             case "confidence":
                 near_N |= np.abs(decision.log_odds_B - logit(np.float64(threshold))) < NEAR
             case "entropy":
                 near_N |= np.abs(decision.entropy_B - threshold) < NEAR
+            case "native":
+                near_N |= np.abs(decision.native_B - threshold) < NEAR
             case "margin":
                 near_N |= np.abs(decision.margin_B - threshold) < NEAR
             case "window":

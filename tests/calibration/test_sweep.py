@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -11,10 +12,20 @@ from hypothesis import strategies as st
 from offramp_calibration.front import Candidate, pareto_front, thin
 from offramp_calibration.outcomes import Outcomes
 from offramp_calibration.replay import replay
-from offramp_calibration.sweep import LEAST_ENTROPY, LEAST_MARGIN_GAP, confidence_thresholds, sweeps
+from offramp_calibration.sweep import LEAST_ENTROPY, LEAST_MARGIN_GAP, OWN, confidence_thresholds, sweeps
 from offramp_calibration.thresholds import ALWAYS, MAX_LOG_ODDS, NEVER, confidence_of, cuts_between
 from offramp_calibration.trace import Trace
-from offramp_contract.policy_spec import ConfidenceSpec, EntropySpec, FixedSpec, MarginSpec, PatienceSpec
+from offramp_contract.native import NativeRule, NativeRules
+from offramp_contract.policy_spec import (
+    ConfidenceSpec,
+    EntropySpec,
+    FixedSpec,
+    MarginSpec,
+    NativeSpec,
+    PatienceSpec,
+    PolicySpec,
+)
+from offramp_contract.statistics import Decision
 
 
 def candidate(compute: float, accuracy: float) -> Candidate:
@@ -90,6 +101,25 @@ def test_every_policy_is_swept(outcomes: Outcomes) -> None:
     assert families["fixed"] == [FixedSpec(exit=index) for index in range(4)]
     assert families["patience"] == [PatienceSpec(patience=patience) for patience in range(1, 5)]
     assert all(2 <= len(specs) <= 61 and len(set(specs)) == len(specs) for specs in families.values())
+
+
+def test_a_networks_own_rules_are_a_family_of_one_and_what_they_compare_is_swept(outcomes: Outcomes) -> None:
+    rule = NativeRule(threshold=0.8, above=True, is_strict=True, precision="float32", is_knob=True, sources=("a:1",))
+    fixed = rule.model_copy(update={"is_knob": False, "threshold": 0.5})
+
+    def families(*rules: NativeRule) -> dict[str, list[PolicySpec]]:
+        scores_N = np.linspace(0, 1, len(outcomes), dtype=np.float32)[:, None]
+        scored = [Decision(np.concatenate([decision.packed_BD, scores_N], axis=1)) for decision in outcomes.decision_E]
+        decision_E = (*scored[:-1], outcomes.decision_E[-1])
+        return sweeps(replace(outcomes, decision_E=decision_E, native=NativeRules(rules)), 20)
+
+    with_knob, without = families(rule, fixed, fixed, fixed), families(fixed, fixed, fixed, fixed)
+
+    assert with_knob[OWN] == without[OWN] == [NativeSpec()]
+    assert "native" not in without
+    thresholds = [spec.threshold for spec in with_knob["native"] if isinstance(spec, NativeSpec)]
+    assert len(thresholds) == 20
+    assert all(isinstance(threshold, float) and 0 < threshold < 1 for threshold in thresholds)
 
 
 def test_statistics_are_not_cut_where_they_are_rounding_noise(outcomes: Outcomes) -> None:

@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offramp_calibration.trace import About, Trace, writing
+from offramp_calibration.trace import About, Trace
+from offramp_calibration.trace_writer import writing
 from offramp_contract.errors import BrokenTrace
+from offramp_contract.native import NativeRule
 from offramp_runtime import open_bundle
 
 DIGEST = "0" * 64
+RULE = NativeRule(
+    threshold=0.8, above=True, is_strict=True, precision="float32", is_knob=True, sources=("net.py:3 (if c > 0.8:)",)
+)
 ABOUT = About("model", DIGEST, DIGEST, (0.5, 1.0))
 
 
@@ -129,7 +134,8 @@ def test_the_parts_of_a_sound_trace_are_read(tmp_path):
     ("changed", "sentence"),
     [
         ({"about": None}, "does not say which bundle"),
-        ({"about": about(format_version=2)}, "format 2 is not known"),
+        ({"about": about(format_version=4)}, "format 4 is not known"),
+        ({"about": about(format_version=2)}, "does not say which bundle"),
         ({"about": about(depth_E=[0.7, 0.5])}, "do not rise"),
         ({"about": about(depth_E=[])}, "do not rise"),
         ({"about": about(depth_E=[float("nan"), 1.0])}, "do not rise"),
@@ -164,6 +170,59 @@ def test_the_parts_of_a_sound_trace_are_read(tmp_path):
 )
 def test_what_record_did_not_write_is_refused_in_words(tmp_path, changed, sentence):
     write_npz(tmp_path / "t.npz", **parts(**changed))
+    with pytest.raises(BrokenTrace, match=r".") as refused:
+        Trace.read(tmp_path / "t.npz")
+    assert sentence in refused.value.message
+
+
+def native(**changed):
+    """Give the parts of a trace of a network that leaves by a rule of its own at its first exit."""
+    about = About("model", DIGEST, DIGEST, (0.5, 1.0), (RULE,))
+    scores = np.array([0.1, 0.9, -np.inf, np.inf, 0.8, 0.5], np.float32)
+    return parts(**{"about": np.frombuffer(about.to_json(), np.uint8), "native_0": scores} | changed)
+
+
+def test_what_a_networks_own_rules_compare_is_read_back(tmp_path):
+    trace, scores = small(), native()["native_0"]
+    with writing(tmp_path / "t.npz") as writer:
+        for rows in (slice(0, 4), slice(4, 6)):
+            writer.append(trace.label_N[rows], [logits[rows] for logits in trace.logits_ENC], [scores[rows]])
+        writer.finish(About("model", DIGEST, DIGEST, (0.5, 1.0), (RULE,)))
+
+    read = Trace.read(tmp_path / "t.npz")
+
+    assert read.about.native_K == (RULE,)
+    assert json.loads(read.about.to_json())["format_version"] == 2
+    np.testing.assert_array_equal(read.native_KN, [scores])
+    assert isinstance(read.native_KN[0], np.memmap)
+
+
+def test_a_trace_without_them_is_the_one_that_has_always_been_written():
+    assert json.loads(ABOUT.to_json()) == {
+        "format_version": 1,
+        "model": "model",
+        "model_digest": DIGEST,
+        "data_digest": DIGEST,
+        "depth_E": [0.5, 1.0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"native_0": None}, "holds no native_0"),
+        ({"native_0": np.zeros(5, np.float32)}, "native_0 must be float32, one number a sample"),
+        ({"native_0": np.zeros((6, 1), np.float32)}, "native_0 must be float32"),
+        ({"native_0": np.zeros(6)}, "native_0 must be float32"),
+        ({"native_0": np.full(6, np.nan, np.float32)}, "native_0 must be float32"),
+        ({"about": about(format_version=2, native_K=[RULE.model_dump()] * 2)}, "exit rules are not one for every exit"),
+        ({"about": about(format_version=2, native_K=[{"threshold": 1}])}, "does not say which bundle"),
+        ({"about": about(format_version=2, native_K=7)}, "does not say which bundle"),
+        ({"about": about(native_K=[RULE.model_dump()])}, "does not say which bundle"),
+    ],
+)
+def test_native_scores_that_record_did_not_write_are_refused_in_words(tmp_path, changed, sentence):
+    write_npz(tmp_path / "t.npz", **native(**changed))
     with pytest.raises(BrokenTrace, match=r".") as refused:
         Trace.read(tmp_path / "t.npz")
     assert sentence in refused.value.message

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from offramp_calibration.evaluation import Evaluation
 from offramp_calibration.figures.budgets import budgets
+from offramp_calibration.figures.gates import gates
 from offramp_calibration.figures.overthinking import overthinking
 from offramp_calibration.figures.policies import families_of, policies
 from offramp_calibration.figures.reliability import reliability
@@ -49,6 +50,7 @@ def draw(evaluation: Evaluation) -> dict[str, Picture]:
         "policies": (policies, len(families_of(evaluation.compute)) > 1),
         "reliability": (reliability, True),
         "overthinking": (overthinking, len(evaluation.exits) > 1),
+        "gates": (gates, evaluation.gates is not None),
     }
     return {name: _picture(name, figure, evaluation) for name, (figure, wanted) in figures.items() if wanted}
 

@@ -28,7 +28,9 @@ def trade_off(evaluation: Evaluation, theme: Theme) -> Figure:
     axes[0].yaxis.set_major_formatter(PercentFormatter(1))
     axes[0].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes[0].set_xlim(0, 1.03)
-    shown = [point.accuracy.value for point in (*evaluation.static, evaluation.label_oracle)]
+    shown = [point.accuracy.value for point in evaluation.static]
+    shown += [evaluation.label_oracle.accuracy.value] if evaluation.label_oracle is not None else []
+    shown += _adaptive_path(evaluation, "compute")[1] if evaluation.gates is not None else []
     room = (max(shown) - min(shown)) * 0.08 + 0.002
     axes[0].set_ylim(min(shown) - room, min(max(shown) + room, 1.004))
     figure.legend(
@@ -38,24 +40,11 @@ def trade_off(evaluation: Evaluation, theme: Theme) -> Figure:
 
 
 def _costs_and_accuracies(axis: Axes, evaluation: Evaluation, view: CostView, cost: str, theme: Theme) -> None:
-    curves = {curve.name: curve for curve in view.curves}
-    oracle = curves[LABEL_ORACLE]
-    axis.plot(
-        oracle.costs, oracle.accuracies, color=theme.best, linewidth=1.2, linestyle=(0, (4, 2)), label="best possible"
-    )
-    for point, marker in ((evaluation.label_oracle, "*"), (evaluation.agreement_oracle, "P")):
-        axis.plot(
-            getattr(point, cost),
-            point.accuracy.value,
-            marker,
-            color=theme.best,
-            markersize=9,
-            label=point.family,
-            zorder=4,
-        )
+    _oracles(axis, evaluation, view, cost, theme)
     static = [getattr(point, cost) for point in evaluation.static]
     accuracies = [point.accuracy.value for point in evaluation.static]
-    axis.plot(static, accuracies, "s:", color=theme.still, linewidth=1, markersize=5, label="the same exit for all")
+    same = "the same exit for all" if len(static) > 1 else "full depth"
+    axis.plot(static, accuracies, "s:", color=theme.still, linewidth=1, markersize=5, label=same)
     for index in _labelled(len(static)):
         name = evaluation.static[index].name
         place = (static[index], accuracies[index])
@@ -70,7 +59,8 @@ def _costs_and_accuracies(axis: Axes, evaluation: Evaluation, view: CostView, co
             fontsize=8,
         )
     path = _adaptive_path(evaluation, cost)
-    label = "operating points that budgets choose" if evaluation.is_calibrated else "confidence thresholds"
+    swept = "confidence thresholds" if evaluation.gates is None else "gate thresholds"
+    label = "operating points that budgets choose" if evaluation.is_calibrated else swept
     axis.plot(*path, "-", color=theme.early, linewidth=2, label=label)
     asked = {result.point.name: result.point for result in evaluation.budgets if result.point is not None}
     if asked:
@@ -87,6 +77,30 @@ def _costs_and_accuracies(axis: Axes, evaluation: Evaluation, view: CostView, co
         )
     if cost == "milliseconds":
         axis.set_xlim(0, view.full * 1.03)
+
+
+def _oracles(axis: Axes, evaluation: Evaluation, view: CostView, cost: str, theme: Theme) -> None:
+    oracle = next((curve for curve in view.curves if curve.name == LABEL_ORACLE), None)
+    if oracle is not None:
+        axis.plot(
+            oracle.costs,
+            oracle.accuracies,
+            color=theme.best,
+            linewidth=1.2,
+            linestyle=(0, (4, 2)),
+            label="best possible",
+        )
+    for point, marker in ((evaluation.label_oracle, "*"), (evaluation.agreement_oracle, "P")):
+        if point is not None:
+            axis.plot(
+                getattr(point, cost),
+                point.accuracy.value,
+                marker,
+                color=theme.best,
+                markersize=9,
+                label=point.family,
+                zorder=4,
+            )
 
 
 def _adaptive_path(evaluation: Evaluation, cost: str) -> tuple[list[float], list[float]]:
