@@ -24,8 +24,16 @@ COLORS = {
         "rejected": "yellow",
     },
     "{{kind}}": {"forced": WARNING, "voluntary": CALM},
+    "{{decision}}": {"open": CALM, "shut": GOOD, "forced": WARNING},
     "{{share}}": {"average depth": WARNING, "compute saved": GOOD},
-    "{{quantile}}": {"p1": BAD, "p10": WARNING, "p50": "super-light-blue", "p95": CALM, "p99": "dark-blue"},
+    "{{quantile}}": {
+        "p1": BAD,
+        "p10": WARNING,
+        "p50": "super-light-blue",
+        "p90": CALM,
+        "p95": CALM,
+        "p99": "dark-blue",
+    },
 }
 """For each legend whose series are known beforehand, their colours: the same thing looks the same in every panel."""
 

@@ -18,6 +18,12 @@ def rate(metric: str, *by: str, where: str = "") -> str:
     return f"{total}(rate({metric}{{{selector}}}[$__rate_interval]))"
 
 
+def increase(metric: str, *by: str, where: str = "") -> str:
+    """Give the increase of a counter over the time shown, summed but for the labels in `by`."""
+    selector = ", ".join(filter(None, (CHOSEN, where)))
+    return f"sum by ({', '.join(by)}) (increase({metric}{{{selector}}}[$__range]))"
+
+
 def share(part: str, whole: str) -> str:
     """Give how large a rate is beside another."""
     return f"{part} / {whole}"
@@ -117,7 +123,7 @@ DEPTHS: Row = (
     "Depth",
     (
         Panel("Rows by exit", "Where rows left, over the time shown.",
-              f"sum by (exit) (increase(offramp_samples_total{{{CHOSEN}}}[$__range]))", "{{exit}}", "short",
+              increase("offramp_samples_total", "exit"), "{{exit}}", "short",
               look="bars"),
         Panel("Rows by exit, over time", "A shift to later exits means harder inputs or stricter requests; a shift to "
               "earlier ones may be deadlines: see the reasons.",
@@ -130,6 +136,20 @@ DEPTHS: Row = (
               "asked for.",
               together("kind", {"voluntary": f"({SAMPLES} - {FORCED})", "forced": FORCED}), "{{kind}}", look="stack"),
         Panel("Mean exit index", "0 is the first exit.", mean("offramp_exit_depth"), "mean", "short"),
+    ),
+)  # fmt: skip
+GATES: Row = (
+    "Gates",
+    (
+        Panel("Executed depth", "Share of the full path's FLOPs that rows really ran, stages behind shut gates left "
+              "out: the shallowest tenth, half and nine tenths of the rows are below.",
+              quantiles("offramp_depth_ratio", 0.1, 0.5, 0.9), "{{quantile}}", SHARE),
+        Panel("Gates open", "Share of the rows which came to a gate that went through, over the time shown.",
+              share(increase("offramp_gate_decisions_total", "gate", where='decision="open"'),
+                    increase("offramp_gate_decisions_total", "gate")), "{{gate}}", SHARE, look="bars"),
+        Panel("Gate decisions, over time", "All gates together: open, shut by their own score or the request, and "
+              "forced: a deadline left no time for what is behind.",
+              rate("offramp_gate_decisions_total", "decision"), "{{decision}}", look="shares"),
     ),
 )  # fmt: skip
 STAGES: Row = (
@@ -171,4 +191,4 @@ WHOLE: Row = (
     ),
 )  # fmt: skip
 
-ROWS = (NOW, REQUESTS, DEPTHS, STAGES, DEADLINES, WHOLE)
+ROWS = (NOW, REQUESTS, DEPTHS, GATES, STAGES, DEADLINES, WHOLE)

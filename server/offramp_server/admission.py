@@ -46,7 +46,8 @@ class Admission:
         limit = self._settings.max_inflight_samples
         if num_rows > limit:
             raise TooLarge(f"inputs: at most {limit} rows may be in flight; got {num_rows}", field="inputs")
-        first_s = served.profile.to_next_answer_s(0, 1) + self._settings.margin_ms / 1e3
+        profile = served.profile
+        first_s = profile.to_next_answer_s(profile.trunk_from(0), 1) + self._settings.margin_ms / 1e3
         if options.on_miss == "reject" and first_s > remaining_s:
             raise DeadlineExceeded("latency_ms: the deadline passes before the first exit can answer")
         with self._lock:

@@ -39,6 +39,11 @@ class Choice:
     point: OperatingPoint | None = None
     certificate: Certificate | None = None
 
+    @property
+    def gate_threshold(self) -> float | None:
+        """What the gates' scores are compared with unless the request says so itself; None is the network's own."""
+        return None if self.point is None else self.point.gate_threshold
+
 
 def choose(given: Fields, manifest: Manifest, calibration: Calibration, otherwise: Fields) -> Choice:
     """Find the rule that a request's fields ask for.

@@ -222,7 +222,7 @@ class Engine:
             inputs: The model's input with or without the batch axis, or a dict with one array per input.
             model: Which model; needed only if several are loaded.
             **fields: The request fields of the REST API: `policy`, `threshold`, `patience`, `latency_ms`, `compute`,
-                `accuracy`, `risk`, `min_exit`, `max_exit`, `combine`, `on_miss`, `explain`.
+                `accuracy`, `risk`, `min_exit`, `max_exit`, `gate_threshold`, `gates`, `combine`, `on_miss`, `explain`.
 
         Raises:
             RequestError: If an input or a field is not one the model can honour.

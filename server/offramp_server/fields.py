@@ -13,11 +13,12 @@ from typing import Any, Final, Protocol
 import orjson
 from offramp_contract.calibration import Calibration, Certificate
 from offramp_contract.errors import InvalidValue, MalformedRequest
+from offramp_contract.gates import gate_thresholds
 from offramp_contract.manifest import Manifest
-from offramp_contract.policy_spec import compile_policy
+from offramp_contract.policy_spec import COMPARING_KINDS, KINDS, PolicySpec, compares_labels, compile_policy
 from offramp_contract.statistics import MAX_TOP
 
-from offramp_server.choice import CHOICE_FIELDS, Fields, choose, number
+from offramp_server.choice import CHOICE_FIELDS, Choice, Fields, choose, number
 from offramp_server.messages import RequestOptions
 
 FIELDS: Final = (
@@ -94,23 +95,38 @@ def read_routing(
     """
     given = {name: value for name, value in fields.items() if value is not None}
     _refuse_unknown(given)
-    _refuse_gates(given)
     choice = choose(given, manifest, calibration, otherwise)
     min_exit, max_exit = _exit_range(given, len(manifest.exits), limits)
+    combine = _one_of(given, "combine", COMBINATIONS)
+    _refuse_comparing(choice.policy, combine, manifest)
     options = RequestOptions(
-        policy=compile_policy(choice.policy, len(manifest.exits)),
+        policy=compile_policy(choice.policy, len(manifest.exits), manifest.native),
         policy_spec=choice.policy,
         operating_point=choice.point.name if choice.point is not None else None,
         latency_ms=_latency(given, limits),
         min_exit=min_exit,
         max_exit=max_exit,
-        combine=_one_of(given, "combine", COMBINATIONS),
+        gate_thresholds=_gate_thresholds(given, manifest, choice),
+        combine=combine,
         on_miss=_one_of(given, "on_miss", ON_MISS),
         explain=_boolean(given, "explain"),
         wants_progress=wants_progress,
         wants_logits=wants_logits,
     )
     return Routing(options, _integer(given, "top_k", 1, MAX_TOP, default=MAX_TOP), choice.certificate)
+
+
+def combinations_of(manifest: Manifest) -> tuple[str, ...]:
+    """Give the ways in which a model's exits can be combined to one answer."""
+    return COMBINATIONS if manifest.has_common_classes else COMBINATIONS[:1]
+
+
+def kinds_of(manifest: Manifest) -> list[str]:
+    """Give the kinds of policy that a model can be asked for."""
+    missing = set() if manifest.has_common_classes else set(COMPARING_KINDS)
+    if manifest.native is None:
+        missing.add("native")
+    return [kind for kind in KINDS if kind not in missing]
 
 
 def fields_of_text(written: Mapping[str, str]) -> dict[str, Any]:
@@ -129,9 +145,9 @@ def fields_of_text(written: Mapping[str, str]) -> dict[str, Any]:
 
 def _of_text(name: str, text: str) -> Any:
     text = text.strip()
-    if name in ("combine", "on_miss", "operating_point") or (name in ("policy", "gates") and not text.startswith("{")):
+    if name in ("combine", "on_miss", "operating_point") or (name == "policy" and not text.startswith("{")):
         return text
-    if name == "threshold" and "," in text and not text.startswith("["):
+    if name in ("threshold", "gate_threshold") and "," in text and not text.startswith("["):
         text = f"[{text}]"
     try:
         return orjson.loads(text)
@@ -147,10 +163,31 @@ def _refuse_unknown(given: Mapping[str, Any]) -> None:
         raise InvalidValue(f"{unknown[:80]}: there is no such field; the fields are {', '.join(FIELDS)}", unknown[:80])
 
 
-def _refuse_gates(given: Fields) -> None:
-    for name in ("gate_threshold", "gates"):
-        if name in given:
-            raise InvalidValue(f"{name}: this model has no gates", name)
+def _gate_thresholds(given: Fields, manifest: Manifest, choice: Choice) -> tuple[float, ...] | None:
+    """Give what each gate's score is compared with; None is the network's own.
+
+    Raises:
+        InvalidValue: Naming `gates` or `gate_threshold` and what is allowed.
+    """
+    gates, threshold = given.get("gates", "own"), given.get("gate_threshold")
+    if gates == "own" and threshold is None:
+        threshold = choice.gate_threshold
+    if threshold is None and "gates" not in given:
+        return None
+    if gates not in ("own", "open", "shut") and type(gates) is not int:
+        raise InvalidValue(
+            "gates: must be own, open or shut, or a count of blocks where depth is the caller's choice", "gates"
+        )
+    if threshold is not None and not _are_numbers(threshold):
+        raise InvalidValue(
+            "gate_threshold: must be a number from 0 to 1, or a list with one per gate", "gate_threshold"
+        )
+    return tuple(gate_thresholds(manifest, gates, threshold).tolist())
+
+
+def _are_numbers(value: object) -> bool:
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(one, int | float) and not isinstance(one, bool) for one in values)
 
 
 def _exit_range(given: Fields, num_exits: int, limits: Limits) -> tuple[int, int | None]:
@@ -184,6 +221,17 @@ def _boolean(given: Fields, name: str) -> bool:
     if not isinstance(value, bool):
         raise InvalidValue(f"{name}: must be true or false", name)
     return value
+
+
+def _refuse_comparing(policy: PolicySpec, combine: str, manifest: Manifest) -> None:
+    """Exits of different width have different classes: a label of one says nothing at another."""
+    if manifest.has_common_classes:
+        return
+    differ = "the exits of this model have different numbers of classes"
+    if combine not in combinations_of(manifest):
+        raise InvalidValue(f"combine: {differ}, so the answer can only be that of the last exit", "combine")
+    if compares_labels(policy):
+        raise InvalidValue(f"policy: patience and agreement compare labels, and {differ}", "policy")
 
 
 def _one_of(given: Fields, name: str, allowed: tuple[Any, ...]) -> Any:

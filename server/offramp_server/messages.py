@@ -18,6 +18,7 @@ from offramp_contract.statistics import FloatArray, IntArray
 Combine = Literal["last", "mean", "geometric"]
 OnMiss = Literal["answer", "reject"]
 Outcome = Literal["ok", "error", "invalid", "cancelled", "deadline", "rejected"]
+GateDecision = Literal["open", "shut", "forced"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,10 @@ class RequestOptions:
         latency_ms: Budget from the request's arrival to its answer; None takes the operator's default.
         min_exit: No voluntary exit before this one.
         max_exit: No stage beyond this exit; None is the final exit.
+        gate_thresholds: What each gate's score is compared with; None takes the network's own.
         combine: How the answer combines the exits seen. The decision looks at the exit's own statistics.
         on_miss: What to do with a row whose deadline passes before its first exit.
-        explain: Keep every exit's answer in `RowAnswer.seen`.
+        explain: Keep every exit's answer in `RowAnswer.seen` and every gate's in `RowAnswer.gates_seen`.
         wants_progress: Report each exit reached while the request runs.
         wants_logits: Keep the answering exit's logits in `RowAnswer.logits`.
     """
@@ -44,6 +46,7 @@ class RequestOptions:
     latency_ms: float | None = None
     min_exit: int = 0
     max_exit: int | None = None
+    gate_thresholds: tuple[float, ...] | None = None
     combine: Combine = "last"
     on_miss: OnMiss = "answer"
     explain: bool = False
@@ -62,6 +65,7 @@ class ExitAnswer:
         log_odds: `ln(p_max / (1 - p_max))`.
         entropy: Normalised entropy in [0, 1].
         margin: Difference of the two largest probabilities.
+        native: Score of the network's own exit rule, if it has one here.
         logits_C: float32, shape (C,), if they were asked for.
     """
 
@@ -71,7 +75,23 @@ class ExitAnswer:
     log_odds: float
     entropy: float
     margin: float
+    native: float | None = None
     logits_C: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GateSeen:
+    """What one gate decided over one row.
+
+    Attributes:
+        score: Its score, or its priority where depth is the caller's choice; None if it was not scored.
+        threshold: What the score is compared with; infinite where the request leaves nothing to it.
+        decision: `forced` is a deadline's; None if the row did not come to it.
+    """
+
+    score: float | None
+    threshold: float
+    decision: GateDecision | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +104,10 @@ class RowAnswer:
         depth: Share of the full path's FLOPs that the row ran, in (0, 1].
         stages: Indices of the stages it ran, in order.
         threshold: The cut-off the policy applied at that exit, where it is a single number.
-        score: The statistic that cut-off is compared with (confidence, entropy, margin); p_max for other policies.
+        score: The statistic that cut-off is compared with (confidence, entropy, margin, native); p_max for others.
         seen: Every exit's own answer, if `explain` was asked for.
+        gate_decisions: What was decided over each gate; None for those that the row did not come to.
+        gates_seen: The same with scores and thresholds, if `explain` was asked for.
     """
 
     answer: ExitAnswer
@@ -95,6 +117,8 @@ class RowAnswer:
     score: float
     threshold: float | None
     seen: tuple[ExitAnswer, ...] = ()
+    gate_decisions: tuple[GateDecision | None, ...] = ()
+    gates_seen: tuple[GateSeen, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +151,19 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model is served from now on. Everything observed about it names one of these stages and exits.
+    """A model is served from now on. Everything observed about it names one of these stages, exits and gates.
 
     Attributes:
         stages: Name and variant of each stage.
         exits: Names of the exits, the final one last.
+        gates: Names of the gates.
     """
 
     model: str
     version: str
     stages: tuple[tuple[str, str], ...]
     exits: tuple[str, ...]
+    gates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +185,11 @@ class StageRun:
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """One row has been answered by an exit."""
+    """One row has been answered by an exit.
+
+    Attributes:
+        gate_decisions: As in `RowAnswer`.
+    """
 
     model: str
     version: str
@@ -167,6 +197,7 @@ class Departure:
     exit_name: str
     reason: Reason
     depth: float
+    gate_decisions: tuple[GateDecision | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +275,6 @@ class NoObserver:
 
 Inputs = dict[str, np.ndarray]
 __all__ = [
-    "Combine", "Departure", "ExitAnswer", "Inputs", "Loaded", "NoObserver", "Observer", "OnMiss", "Outcome", "Progress",
-    "RequestDone", "RequestOptions", "Result", "RowAnswer", "StageRun",
+    "Combine", "Departure", "ExitAnswer", "GateDecision", "GateSeen", "Inputs", "Loaded", "NoObserver", "Observer",
+    "OnMiss", "Outcome", "Progress", "RequestDone", "RequestOptions", "Result", "RowAnswer", "StageRun",
 ]  # fmt: skip

@@ -19,12 +19,13 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 
-from offramp_server.messages import Departure, Loaded, Outcome, RequestDone, StageRun
+from offramp_server.messages import Departure, GateDecision, Loaded, Outcome, RequestDone, StageRun
 
 M = TypeVar("M", bound=MetricWrapperBase)
 
 MODEL = ("model", "version")
 OUTCOMES: tuple[Outcome, ...] = ("ok", "error", "invalid", "cancelled", "deadline", "rejected")
+GATE_DECISIONS: tuple[GateDecision, ...] = ("open", "shut", "forced")
 
 # What each reason of a refusal makes of the request; the keys are also the values of `offramp_rejected_total{reason}`.
 REFUSALS: dict[str, Outcome] = {
@@ -179,6 +180,12 @@ class _Families:
         self.saved = gauge(
             "offramp_compute_saved_ratio", "Share of FLOPs that answered rows did not run, since the model was loaded."
         )
+        self.gates = counter(
+            "offramp_gate_decisions_total",
+            "Answered rows that came to a gate, by what was decided; forced: the deadline shut it.",
+            "gate",
+            "decision",
+        )
         self.stage_s = histogram(
             "offramp_stage_duration_seconds", "Duration of a dispatch of a stage.", STAGE_SECONDS, "stage", "variant"
         )
@@ -234,6 +241,10 @@ class _ModelMetrics:
             (exit_name, reason): families.samples.labels(*key, exit_name, reason.label)
             for exit_name, reason in _possible_exits(loaded)
         }
+        self._gates = [
+            {decision: families.gates.labels(*key, gate, decision) for decision in GATE_DECISIONS}
+            for gate in loaded.gates
+        ]
         self._num_rows, self._depth_sum = 0, 0.0
 
     def request_done(self, done: RequestDone) -> None:
@@ -253,18 +264,27 @@ class _ModelMetrics:
         for row in rows:
             self._exit_depth.observe(row.exit_index)
             self._depth_ratio.observe(row.depth)
+        decided = Tally(decision for row in rows for decision in enumerate(row.gate_decisions))
+        for (gate, decision), count in decided.items():
+            if decision is not None:
+                self._gates[gate][decision].inc(count)
         self._num_rows += len(rows)
         self._depth_sum += sum(row.depth for row in rows)
         self._saved.set(1.0 - self._depth_sum / self._num_rows)
 
 
 def _possible_exits(loaded: Loaded) -> Iterator[tuple[str, Reason]]:
-    """Give every pair of an exit and a reason to leave there: everyone leaves at the final exit, as `FINAL`."""
+    """Give every pair of an exit and a reason to leave there.
+
+    Everyone leaves at the final exit: as `FINAL`, or as `DEADLINE` if a deadline has shut a gate on the way.
+    """
     for exit_name in loaded.exits[:-1]:
         for reason in Reason:
             if reason not in (Reason.CONTINUE, Reason.FINAL):
                 yield exit_name, reason
     yield loaded.exits[-1], Reason.FINAL
+    if loaded.gates:
+        yield loaded.exits[-1], Reason.DEADLINE
 
 
 class _WithoutCreationTimes:

@@ -4,7 +4,7 @@ Measured at warm-up and kept current by a running estimate: mean and mean deviat
 time (Jacobson 1988; RFC 6298). Milliseconds belong to the machine, so a profile is never part of a bundle.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
@@ -14,8 +14,10 @@ DEVIATION_GAIN = 1 / 16
 DEVIATIONS = 4.0
 LEAST_DEVIATION = 0.02
 OUTLIER = 4.0
+ROW_GAIN = 1 / 64
 PEAK_SHARE = 0.95
-REFRESH_KNEE_EVERY = 256
+REFRESH_EVERY = 16
+REFRESH_KNEE_EVERY = 64
 
 
 @dataclass(slots=True)
@@ -28,14 +30,20 @@ class _Point:
 
 
 class StageProfile:
-    """The running estimate for one stage."""
+    """The running estimate for one stage.
 
-    def __init__(self, max_batch: int) -> None:
+    Args:
+        max_batch: Largest batch size to reckon with.
+        on_change: Called when the estimate has changed by more than a few dispatches can change it.
+    """
+
+    def __init__(self, max_batch: int, on_change: Callable[[], None] = lambda: None) -> None:
         self._points: list[_Point] = []
         self._max_batch = max_batch
         self._num_observed = 0
         self._knee = 1
         self._predictions: dict[int, tuple[float, float]] = {}
+        self._on_change = on_change
 
     def calibrate(self, batch: int, seconds: Sequence[float]) -> None:
         """Add a profiled batch size, larger than those before, from several timed runs."""
@@ -44,6 +52,7 @@ class StageProfile:
         self._points.append(_Point(batch, middle, max(deviation, LEAST_DEVIATION)))
         self._settle(0)
         self._knee = self._find_knee()
+        self._on_change()
 
     def observe(self, batch: int, seconds: float) -> None:
         """Take a dispatch into account.
@@ -59,6 +68,8 @@ class StageProfile:
             point.mean_s *= 1.0 + MEAN_GAIN * (ratio - 1.0)
         self._settle(self._points.index(neighbours[0]))
         self._num_observed += 1
+        if self._num_observed % REFRESH_EVERY == 0:
+            self._on_change()
         if self._num_observed % REFRESH_KNEE_EVERY == 0:
             self._knee = self._find_knee()
 
@@ -125,11 +136,23 @@ class Profile:
         exit_stages: For each exit, the stage whose graph computes it, in order.
         num_stages: Number of stages.
         max_batch: Largest batch size to reckon with.
+        gated_stages: Those that a row may do without.
     """
 
-    def __init__(self, exit_stages: Sequence[int], num_stages: int, max_batch: int) -> None:
-        self.stages = [StageProfile(max_batch) for _ in range(num_stages)]
+    def __init__(
+        self, exit_stages: Sequence[int], num_stages: int, max_batch: int, gated_stages: Collection[int] = ()
+    ) -> None:
+        trunk = [stage for stage in range(num_stages) if stage not in gated_stages]
         self._next_exit_stage = [next(s for s in exit_stages if s >= stage) for stage in range(num_stages)]
+        self._next_trunk_stage = [next(s for s in trunk if s >= stage) for stage in range(num_stages)]
+        # Of trunk before each exit, by batch size: deep networks have a hundred stages there, and it is asked for a
+        # dozen times a round.
+        self._behind_s: dict[int, dict[int, dict[int, float]]] = {stage: {} for stage in exit_stages}
+        self.stages = [
+            StageProfile(max_batch, self._behind_s[last].clear) if stage in trunk else StageProfile(max_batch)
+            for stage, last in enumerate(self._next_exit_stage)
+        ]
+        self._open_rates = dict.fromkeys(gated_stages, 1.0)
         self._row_s: float | None = None
 
     def bound_s(self, stage: int, batch: int) -> float:
@@ -137,9 +160,47 @@ class Profile:
         return self.stages[stage].bound_s(batch)
 
     def to_next_answer_s(self, stage: int, batch: int) -> float:
-        """Expect a row waiting at `stage` to need rarely more than this many seconds to its next exit."""
-        last = self._next_exit_stage[stage]
-        return sum(self.stages[s].bound_s(batch) for s in range(stage, last + 1))
+        """Expect a row waiting at `stage` to need rarely more than this many seconds to its next exit.
+
+        That is the least it must run: every gate behind `stage` can be shut.
+        """
+        own_s, last = self.stages[stage].bound_s(batch), self._next_exit_stage[stage]
+        if stage == last:
+            return own_s
+        behind_s = self._behind_s[last].get(batch)
+        if behind_s is None:
+            behind_s = self._behind_s[last][batch] = self._sum_behind(last, batch)
+        return own_s + behind_s[stage]
+
+    def _sum_behind(self, last: int, batch: int) -> dict[int, float]:
+        """For each stage before an exit, the seconds of the trunk behind it up to there."""
+        total_s, behind_s = 0.0, {}
+        for stage in range(last, -1, -1):
+            if self._next_exit_stage[stage] != last:
+                break
+            behind_s[stage] = total_s
+            total_s += 0.0 if self.is_gated(stage) else self.stages[stage].bound_s(batch)
+        return behind_s
+
+    def is_gated(self, stage: int) -> bool:
+        """Whether a row may do without a stage."""
+        return stage in self._open_rates
+
+    def trunk_from(self, stage: int) -> int:
+        """The first stage from `stage` on that no row may do without."""
+        return self._next_trunk_stage[stage]
+
+    def open_rate(self, stage: int) -> float:
+        """The share of rows that have run a stage lately, of those that came to it; 1 for trunk."""
+        return self._open_rates.get(stage, 1.0)
+
+    def observe_gates(self, skipped: Sequence[int], following: int, num_rows: int) -> None:
+        """Take into account that so many rows have skipped some gated stages and run the following one next."""
+        keep = (1 - ROW_GAIN) ** num_rows
+        for stage in skipped:
+            self._open_rates[stage] *= keep
+        if following in self._open_rates:
+            self._open_rates[following] = 1 - (1 - self._open_rates[following]) * keep
 
     def first_answer_stage(self) -> int:
         """The stage that ends in exit 0."""
@@ -158,4 +219,4 @@ class Profile:
 
     def observe_row(self, seconds: float) -> None:
         """Take the device seconds of one answered row into account."""
-        self._row_s = self.row_s + (seconds - self.row_s) / 64
+        self._row_s = self.row_s + (seconds - self.row_s) * ROW_GAIN

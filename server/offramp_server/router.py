@@ -1,17 +1,21 @@
-"""What each row does next: leave, with the reason, or go on. Never sees a queue or a tensor's place.
+"""What each row does next: leave, with the reason, or go on, and whereto. Never sees a queue or a tensor's place.
 
 The policy decides on the exit's statistics; around it stand the request's caps and the deadline. A deadline that cuts
-is a *forced* exit, a policy that fires a *voluntary* one; they are never mixed in one number.
+is a *forced* exit, a policy that fires a *voluntary* one; they are never mixed in one number. Whereto a row goes is up
+to its gates, and again to its deadline: what it has no time for is shut.
 
 Shapes: B = rows of the dispatch, D = width of a decision, K = exits seen so far.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 from offramp_contract.policy import Policy, Reason, Seen, decide
 from offramp_contract.statistics import Decision, FloatArray
+
+from offramp_server.gating import Gating, Hop, RowGates
 
 
 class Routed(Protocol):
@@ -23,6 +27,13 @@ class Routed(Protocol):
     deadline_s: float
     classes: list[int]
     """Predicted class at each exit so far, this one included."""
+
+
+class Parted(Protocol):
+    """What the router must know of a row before stages that it may do without."""
+
+    deadline_s: float
+    gates: RowGates
 
 
 def route(
@@ -59,3 +70,47 @@ def _settle(row: Routed, exit_index: int, fired: Reason, reachable_by_s: float) 
     if reachable_by_s > row.deadline_s:
         return Reason.DEADLINE
     return Reason.CONTINUE
+
+
+def part(
+    gating: Gating, stage: int, rows: Sequence[Parted], reachable_by_s: Callable[[int, int], float]
+) -> dict[int, list[int]]:
+    """Part rows by the stage they run next, and write down what that decides over their gates.
+
+    A row goes into a gated stage if its gates are open and it has the time for that stage and the trunk up to its next
+    exit; if not, that gate is shut by force, and so is every later one.
+
+    Args:
+        gating: The network's stages and gates.
+        stage: The stage the rows have run; `START` before the first.
+        rows: The rows, of a network with gates.
+        reachable_by_s: Given a stage and how many rows run it, says when they could have their next exit's answer at
+            the client, every later gate shut.
+
+    Returns:
+        For each stage the places of the rows that run it next, in order.
+    """
+    parts: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        following = gating.hurry(stage, row.gates) if row.gates.is_hurried else gating.following(stage, row.gates)
+        parts.setdefault(following, []).append(place)
+    for following in [following for following in parts if gating.is_gated_S[following]]:
+        if all(rows[place].deadline_s == math.inf for place in parts[following]):
+            continue
+        by_s = reachable_by_s(following, len(parts[following]))
+        late = [place for place in parts[following] if by_s > rows[place].deadline_s]
+        parts[following] = [place for place in parts[following] if by_s <= rows[place].deadline_s]
+        for place in late:
+            parts.setdefault(gating.hurry(stage, rows[place].gates), []).append(place)
+    for following, places in parts.items():
+        hop = gating.hop(stage, following)
+        for place in places:
+            gating.decide(hop, rows[place].gates)
+    return {following: sorted(places) for following, places in parts.items() if places}
+
+
+def hurry(gating: Gating, stage: int, row: Parted) -> Hop:
+    """Shut by force the gates that a row would go through behind a stage; gives the way to the trunk."""
+    hop = gating.hop(stage, gating.hurry(stage, row.gates))
+    gating.decide(hop, row.gates)
+    return hop

@@ -8,6 +8,8 @@ whatever batch they came from (continuous, stage-level batching).
   would break another's promise, a queue whose dispatch breaks none goes first.
 * When a dispatch would cost some row its chance of one more exit, the row with the least laxity goes first. Otherwise
   the queue that comes closest to its stage's best throughput does, ties to the deepest, which bounds the carries held.
+* A batch that more rows would speed up waits for those in the gated stages before it: rows whose gates disagreed come
+  together again, where otherwise every disagreement would leave smaller batches for good.
 * Models that wait at the same time share the device's seconds evenly (start-time fair queueing, Goyal 1996).
 """
 
@@ -62,6 +64,7 @@ def _deadline_of(entry: tuple[float, int, object]) -> float:
 class _Queue(Generic[W]):
     key: QueueKey
     profile: Profile
+    is_gated: bool
     entries: list[tuple[float, int, W]] = field(default_factory=list)
 
     @property
@@ -103,19 +106,25 @@ class _Candidate(Generic[W]):
     slack_s: float
     own_slack_s: float
     size: int = 1
+    predicted_s: float = 0.0
+    efficiency: float = 1.0
     breaks_a_promise: bool = False
 
-    @property
-    def predicted_s(self) -> float:
-        """Seconds its dispatch will rarely exceed."""
-        return self.queue.profile.bound_s(self.queue.key.stage, self.size)
+    def settle(self, size: int, others_s: float) -> None:
+        """Fix the size of its batch, and so the seconds it will rarely exceed, beside the slack of all others.
 
-    @property
-    def efficiency(self) -> float:
-        """Share of the stage's best throughput that its batch reaches; near enough counts as all."""
+        Its efficiency is the share of the stage's best throughput that it reaches; near enough counts as all.
+        """
         stage = self.queue.profile.stages[self.queue.key.stage]
-        share = (self.size / stage.mean_s(self.size)) / (stage.knee / stage.mean_s(stage.knee))
-        return 1.0 if share >= PEAK_SHARE else share
+        share = (size / stage.mean_s(size)) / (stage.knee / stage.mean_s(stage.knee))
+        self.size, self.predicted_s = size, stage.bound_s(size)
+        self.efficiency = 1.0 if share >= PEAK_SHARE else share
+        self.breaks_a_promise = self.predicted_s > others_s
+
+    def may_join(self, other: "_Candidate[W]") -> bool:
+        """Whether rows that wait here for a gated stage may run with another queue's next."""
+        key, deeper = self.queue.key, other.queue.key
+        return key.model == deeper.model and key.stage < deeper.stage <= self.queue.profile.trunk_from(key.stage)
 
 
 class Scheduler(Generic[W]):
@@ -142,7 +151,7 @@ class Scheduler(Generic[W]):
     def add_model(self, keys: Iterable[QueueKey], profile: Profile) -> None:
         """Open the queues of a model, one per stage."""
         for key in keys:
-            self._queues[key] = _Queue(key, profile)
+            self._queues[key] = _Queue(key, profile, profile.is_gated(key.stage))
             self._shares.setdefault(key.model, _Share())
 
     def remove_model(self, model: str) -> list[W]:
@@ -189,13 +198,22 @@ class Scheduler(Generic[W]):
         """Remove and give the samples that must not wait any longer.
 
         These are rows with an answer in hand that cannot reach another exit in time, and rows without one that would
-        rather be refused than late and cannot reach their first exit in time.
+        rather be refused than late and cannot reach their first exit in time. Those before gated stages are
+        `take_hurried`'s.
         """
         expired: list[W] = []
         for queue in self._queues.values():
-            if queue.entries:
-                expired += self._take_late(queue, now + self._margin_s + queue.needed_s)
+            if queue.entries and not queue.is_gated:
+                expired += self._take_late(queue, now)
         return expired
+
+    def take_hurried(self, now: float) -> list[W]:
+        """Remove and give the samples that wait for a gated stage and have no time for it."""
+        hurried: list[W] = []
+        for queue in self._queues.values():
+            if queue.entries and queue.is_gated:
+                hurried += self._take_late(queue, now)
+        return hurried
 
     def next(self, now: float) -> Dispatch[W] | None:
         """Choose what runs now and remove it from its queue; None if nothing waits."""
@@ -205,14 +223,15 @@ class Scheduler(Generic[W]):
         fair = self._within_share(waiting)
         if len(waiting) == 1:
             only = waiting[0]
-            only.size = self._batch_size(only.queue, only.own_slack_s)
+            only.settle(self._batch_size(only.queue, only.own_slack_s), math.inf)
             return self._pop(only, now)
+        least_s, second_s = sorted(candidate.slack_s for candidate in waiting)[:2]
         for candidate in waiting:
-            others_s = min(other.slack_s for other in waiting if other is not candidate)
-            candidate.size = self._batch_size(candidate.queue, min(candidate.own_slack_s, others_s))
-            candidate.breaks_a_promise = candidate.predicted_s > others_s
+            others_s = second_s if candidate.slack_s == least_s else least_s
+            candidate.settle(self._batch_size(candidate.queue, min(candidate.own_slack_s, others_s)), others_s)
         safe = [candidate for candidate in fair if not candidate.breaks_a_promise] or fair
-        best = max(safe, key=lambda candidate: (candidate.efficiency, candidate.queue.key.stage))
+        ready = [it for it in safe if it.efficiency == 1.0 or not any(other.may_join(it) for other in safe)]
+        best = max(ready, key=lambda candidate: (candidate.efficiency, candidate.queue.key.stage))
         urgent = [candidate for candidate in safe if 0.0 <= candidate.laxity_s < best.predicted_s]
         return self._pop(min(urgent, key=lambda candidate: candidate.laxity_s) if urgent else best, now)
 
@@ -233,9 +252,9 @@ class Scheduler(Generic[W]):
         return to_exit_s, in_hand_s, in_hand_s
 
     def _batch_size(self, queue: _Queue[W], slack_s: float) -> int:
-        """Largest batch, up to the stage's knee, whose predicted time is within the slack; one row always goes."""
+        """Largest batch, up to the knee, within the slack; one row always goes."""
         stage = queue.key.stage
-        size = min(len(queue.entries), self._max_batch, queue.profile.knee(stage))
+        size = min(len(queue.entries), queue.profile.knee(stage), self._max_batch)
         while size > 1 and queue.profile.bound_s(stage, size) > slack_s:
             size -= 1
         return size
@@ -265,12 +284,14 @@ class Scheduler(Generic[W]):
             return 0
         return num_late
 
-    def _take_late(self, queue: _Queue[W], reachable_from: float) -> list[W]:
-        scanned = bisect_left(queue.entries, reachable_from, key=_deadline_of)
-        front = queue.entries[:scanned]
-        staying = [entry for entry in front if not (queue.holds_answers or entry[2].may_be_dropped)]
+    def _take_late(self, queue: _Queue[W], now: float) -> list[W]:
+        if queue.entries[0][0] == math.inf:
+            return []
+        scanned = bisect_left(queue.entries, now + self._margin_s + queue.needed_s, key=_deadline_of)
+        front, may_go = queue.entries[:scanned], queue.is_gated or queue.holds_answers
+        staying = [entry for entry in front if not (may_go or entry[2].may_be_dropped)]
         if len(staying) == scanned:
             return []
         queue.entries[:scanned] = staying
         self._shares[queue.key.model].num_waiting -= scanned - len(staying)
-        return [entry[2] for entry in front if queue.holds_answers or entry[2].may_be_dropped]
+        return [entry[2] for entry in front if may_go or entry[2].may_be_dropped]

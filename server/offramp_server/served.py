@@ -1,6 +1,6 @@
 """A model as the engine serves it: its stages on the device, its measured profile, and what follows from both."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import TypeAlias
 
@@ -10,6 +10,7 @@ from offramp_contract.manifest import Manifest
 from offramp_contract.statistics import FloatArray
 from offramp_runtime import Bundle, Device, DeviceTensor, StageExecutor
 
+from offramp_server.gating import Gating, Hop
 from offramp_server.messages import Loaded
 from offramp_server.profile import Profile
 from offramp_server.scheduler import QueueKey
@@ -20,6 +21,8 @@ Clock: TypeAlias = Callable[[], float]
 
 VERSION_LENGTH = 12
 WARM_UP_RUNS = 5
+HOST_S = 1e-4
+"""A dispatch takes the host about this long beside the stage itself; what is observed later corrects it."""
 _loads = count()
 
 
@@ -31,6 +34,7 @@ class ServedModel:
         version: The first 12 hex digits of the model digest.
         bundle: The opened bundle.
         executor: Its stages on the device; touched by the engine's thread only.
+        gating: Which stage a row runs next.
         profile: How long its stages take here.
         tally: What it has done so far; written by the engine's thread only.
     """
@@ -47,9 +51,10 @@ class ServedModel:
         # Every load has a key of its own: the same model may be loaded again while an earlier load still drains.
         self.key = f"{name}@{self.version}#{next(_loads)}"
         stages = self.manifest.stages
-        self.profile = Profile([exit_.stage for exit_ in self.manifest.exits], len(stages), self.max_batch)
+        gated = [index for index, stage in enumerate(stages) if stage.gates]
+        self.profile = Profile([exit_.stage for exit_ in self.manifest.exits], len(stages), self.max_batch, gated)
         self.queue_keys = [QueueKey(self.key, index, self.manifest.precision) for index in range(len(stages))]
-        self.live_after = [{name for later in stages[i + 1 :] for name in later.inputs} for i in range(len(stages))]
+        self.gating = Gating(self.manifest)
         self.tally = Tally()
         self._flops = [stage.flops for stage in stages]
 
@@ -59,7 +64,7 @@ class ServedModel:
 
     def expected_s(self, point: OperatingPoint) -> float:
         """Expect a row served by an operating point to run this many seconds on average, alone on this machine."""
-        stage_s = [stage.mean_s(1) for stage in self.profile.stages]
+        stage_s = [stage.mean_s(1) * self.profile.open_rate(i) for i, stage in enumerate(self.profile.stages)]
         return sum(
             rate * sum(stage_s[: exit_.stage + 1])
             for rate, exit_ in zip(point.exit_rates, self.manifest.exits, strict=True)
@@ -67,25 +72,39 @@ class ServedModel:
 
     @property
     def loaded(self) -> Loaded:
-        """Name its stages and exits for those who count."""
+        """Name its stages, exits and gates for those who count."""
         variants = (key.variant for key in self.queue_keys)
         stages = tuple(zip((stage.name for stage in self.manifest.stages), variants, strict=True))
-        return Loaded(self.name, self.version, stages, tuple(exit_.name for exit_ in self.manifest.exits))
+        exits = tuple(exit_.name for exit_ in self.manifest.exits)
+        return Loaded(self.name, self.version, stages, exits, tuple(gate.name for gate in self.manifest.gates))
+
+    def gather(self, stage: int, rows: Sequence[Mapping[str, tuple[DeviceTensor, int]]]) -> dict[str, DeviceTensor]:
+        """Put together what a stage reads, from what each row holds; the last row repeats where it takes no fewer."""
+        padded = [*rows, *[rows[-1]] * (self.manifest.min_batch - len(rows))]
+        feeds = {}
+        for name in self.manifest.stages[stage].inputs:
+            tensors, places = zip(*(carries[name] for carries in padded), strict=True)
+            feeds[name] = self.executor.device.gather(tensors, places)
+        return feeds
 
     def compact(
-        self, stage: int, tensors: dict[str, DeviceTensor], places: list[int] | None
+        self, hop: Hop, tensors: Mapping[str, DeviceTensor], places: Sequence[int] | None
     ) -> dict[str, DeviceTensor]:
-        """Keep, of tensors at hand after a stage, those that later stages read, cut down to the rows at some places.
+        """Keep, of tensors at hand at a boundary, those that are needed behind it, cut down to the rows at some places.
 
         Args:
-            stage: The stage that has run.
-            tensors: What it read and what it wrote.
-            places: The rows that go on; None if all do.
+            hop: Which stage the rows run next.
+            tensors: What the stage before has read and written.
+            places: The rows that go on this way; None if all do.
+
+        Returns:
+            The tensors under the names by which they are read; where a stage was skipped, one may have several.
         """
-        live = {name: tensor for name, tensor in tensors.items() if name in self.live_after[stage]}
+        at_hand = [(name, source) for name, source in hop.reads if source in tensors]
         if places is None:
-            return live
-        return {name: self.executor.device.take(tensor, places) for name, tensor in live.items()}
+            return {name: tensors[source] for name, source in at_hand}
+        taken = {source: self.executor.device.take(tensors[source], places) for source in {pair[1] for pair in at_hand}}
+        return {name: taken[source] for name, source in at_hand}
 
     def temperature(self, exit_index: int) -> float:
         """Give an exit's calibrated temperature."""
@@ -119,7 +138,8 @@ class ServedModel:
                     output = self.executor.run(index, carries)
                     seconds.append(clock() - started)
                     spent_s += seconds[-1]
-                self.profile.stages[index].calibrate(size, seconds[2:])  # neither the guess nor the first run
+                ran_s = [HOST_S + s for s in seconds[2:]]  # neither the guess nor the first run
+                self.profile.stages[index].calibrate(size, ran_s)
                 carries |= output.carries
 
     def _random_inputs(self, rng: np.random.Generator, size: int) -> dict[str, DeviceTensor]:

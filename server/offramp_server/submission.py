@@ -2,19 +2,19 @@
 
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import Future
-from itertools import repeat
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from offramp_contract.errors import Cancelled, DeadlineExceeded, NotReady, OfframpError, RequestError
 from offramp_contract.policy import Policy, Reason
-from offramp_contract.statistics import Decision, FloatArray, decision_of_logits, log_softmax
+from offramp_contract.statistics import FloatArray
 from offramp_runtime import DeviceTensor
 
+from offramp_server.exits import combined_answer, exit_answers
+from offramp_server.gating import RowGates
 from offramp_server.messages import (
-    Combine,
     Departure,
     ExitAnswer,
     Outcome,
@@ -25,6 +25,9 @@ from offramp_server.messages import (
     RowAnswer,
 )
 from offramp_server.served import ServedModel
+
+Carries: TypeAlias = dict[str, tuple[DeviceTensor, int]]
+"""By name, the batch that a value of one row lies in, and its row there."""
 
 
 class Listener(Protocol):
@@ -98,7 +101,8 @@ class Submission:
         self.rows_left = num_rows
         self._answers: list[RowAnswer | OfframpError | None] = [None] * num_rows
         self._cancel_signal = cancel_signal
-        self.samples = [Sample(self, row, inputs) for row in range(num_rows)]
+        gates = served.gating.start(options.gate_thresholds)
+        self.samples = [Sample(self, row, inputs, gates) for row in range(num_rows)]
 
     @property
     def num_rows(self) -> int:
@@ -160,6 +164,8 @@ class Sample:
     Attributes:
         row: Its place in the request.
         carries: For each tensor that a later stage reads, the batch it lies in and its row there.
+        gates: What has become of its gates.
+        next_stage: The stage it waits for.
         stages: Stages it has run.
         seen: What each exit said about it; only the last one unless the options need all.
         classes: Predicted class at each exit so far.
@@ -176,9 +182,11 @@ class Sample:
         "deadline_s",
         "device_s",
         "enqueued_s",
+        "gates",
         "max_exit",
         "may_be_dropped",
         "min_exit",
+        "next_stage",
         "policy",
         "queue_s",
         "row",
@@ -187,17 +195,19 @@ class Sample:
         "submission",
     )
 
-    def __init__(self, submission: Submission, row: int, inputs: dict[str, np.ndarray]) -> None:
+    def __init__(self, submission: Submission, row: int, inputs: dict[str, np.ndarray], gates: RowGates) -> None:
         options = submission.options
         final_exit = submission.served.num_exits - 1
         self.submission = submission
         self.row = row
-        self.carries: dict[str, tuple[DeviceTensor, int]] = {name: (array, row) for name, array in inputs.items()}
+        self.carries: Carries = {name: (array, row) for name, array in inputs.items()}
         self.deadline_s = submission.deadline_s
         self.may_be_dropped = options.on_miss == "reject"
         self.policy: Policy = options.policy
         self.min_exit = options.min_exit
         self.max_exit = final_exit if options.max_exit is None else options.max_exit
+        self.gates = gates.copy()
+        self.next_stage = 0
         self.stages: tuple[int, ...] = ()
         self.seen: list[ExitAnswer] = []
         self.classes: list[int] = []
@@ -225,25 +235,33 @@ class Sample:
         self.seen.append(answer)
 
     def leave(self, reason: Reason) -> RowAnswer:
-        """Give the row's answer for leaving at the last exit it has seen."""
+        """Give the row's answer for leaving at the last exit it has seen.
+
+        A row for which the deadline has shut a gate leaves because of the deadline, wherever it does.
+        """
         at_exit = self.seen[-1]
-        scores = {"entropy": at_exit.entropy, "margin": at_exit.margin}
-        top_p = float(at_exit.top_probability_K[0])
+        scores = {"entropy": at_exit.entropy, "margin": at_exit.margin, "native": at_exit.native}
+        score = scores.get(self.policy.kind)
+        gates, explain = self.gates, self.submission.options.explain
         return RowAnswer(
             answer=self.combined_answer(),
-            reason=reason,
+            reason=Reason.DEADLINE if gates.is_hurried else reason,
             depth=self.depth,
             stages=self.stages,
-            score=scores.get(self.policy.kind, top_p),
+            score=float(at_exit.top_probability_K[0]) if score is None else score,
             threshold=self.policy.threshold_at(at_exit.exit_index),
-            seen=tuple(self.seen) if self.submission.options.explain else (),
+            seen=tuple(self.seen) if explain else (),
+            gate_decisions=tuple(gates.decision_G),
+            gates_seen=gates.seen if explain else (),
         )
 
     def departure(self, answer: RowAnswer) -> Departure:
         """Say for the record where and why it left."""
         served, exit_index = self.submission.served, answer.answer.exit_index
         exit_name = served.manifest.exits[exit_index].name
-        return Departure(served.name, served.version, exit_index, exit_name, answer.reason, answer.depth)
+        return Departure(
+            served.name, served.version, exit_index, exit_name, answer.reason, answer.depth, answer.gate_decisions
+        )
 
     @property
     def depth(self) -> float:
@@ -252,45 +270,14 @@ class Sample:
 
     def combined_answer(self) -> ExitAnswer:
         """Give the row's answer: the last exit's, or all exits' combined as the request asked."""
-        options, last = self.submission.options, self.seen[-1]
-        if options.combine == "last" or len(self.seen) == 1:
-            return last
-        served = self.submission.served
-        log_p_KC = np.stack(
-            [log_softmax(a.logits_C / served.temperature(a.exit_index)) for a in self.seen if a.logits_C is not None]
-        )
-        combined_C = _combine(log_p_KC, options.combine)
-        combined_BC = combined_C[None]
-        return exit_answers(last.exit_index, decision_of_logits(combined_BC), combined_BC.astype(np.float32))[0]
+        return combined_answer(self.seen, self.submission.options.combine, self.submission.served.temperature)
 
 
-def _combine(log_p_KC: FloatArray, combine: Combine) -> FloatArray:
-    """Combine exits' log-probabilities: their mean (survey eq. 4 with equal weights) or the log of the mean (eq. 3)."""
-    if combine == "geometric":
-        mean_C: FloatArray = log_p_KC.mean(axis=0)
-        return mean_C
-    log_mean_C: FloatArray = np.logaddexp.reduce(log_p_KC, axis=0) - np.log(len(log_p_KC))
-    return log_mean_C
-
-
-def exit_answers(
-    exit_index: int, decision_BD: FloatArray, logits_BC: Iterable[FloatArray | None] | None = None
-) -> list[ExitAnswer]:
-    """Unpack a batch's decision tensor into what the exit says about each row.
-
-    Args:
-        exit_index: The exit.
-        decision_BD: Its packed statistics.
-        logits_BC: For each row its raw scores, or None where nobody needs them; None keeps none.
-    """
-    decision = Decision(decision_BD)
-    columns = zip(
-        decision.top_class_BK,
-        decision.top_probability_BK,
-        decision.log_odds_B.tolist(),
-        decision.entropy_B.tolist(),
-        decision.margin_B.tolist(),
-        repeat(None) if logits_BC is None else logits_BC,
-        strict=False,  # `repeat` has no end
-    )
-    return [ExitAnswer(exit_index, *column) for column in columns]
+def look(exit_index: int, samples: Sequence[Sample], decision_BD: FloatArray, logits_BC: FloatArray | None) -> None:
+    """Let each row remember what the exit says about it."""
+    kept = None
+    if logits_BC is not None:  # longer than the rows where a network needs more at once
+        kept = (logits_C if sample.needs_logits else None for sample, logits_C in zip(samples, logits_BC, strict=False))
+    for sample, answer in zip(samples, exit_answers(exit_index, decision_BD, kept), strict=True):
+        sample.see(answer)
+        sample.classes.append(int(answer.top_class_K[0]))

@@ -29,7 +29,7 @@ class Tally:
         queue: Of answered requests, what their slowest row waited for the device.
         compute: Of answered requests, what their slowest row's stages ran.
         num_rows: Rows of answered requests.
-        num_executions: Dispatches of the first stage; every row is in one of them.
+        num_executions: Dispatches of the first stage that no row does without; every row is in one of them.
         dispatches: Dispatches of any stage, by number of rows.
         last_answer_s: When the last request got its answer, Unix time; 0 if none did.
     """
@@ -43,9 +43,9 @@ class Tally:
     dispatches: dict[int, Timed] = field(default_factory=dict)
     last_answer_s: float = 0.0
 
-    def count_dispatch(self, stage_index: int, num_rows: int, seconds: float) -> None:
-        """Count one run of a stage."""
-        self.num_executions += stage_index == 0
+    def count_dispatch(self, num_rows: int, seconds: float, *, is_first: bool) -> None:
+        """Count one run of a stage, and whether it is the first that no row does without."""
+        self.num_executions += is_first
         self.dispatches.setdefault(num_rows, Timed()).add(seconds)
 
     def count_request(self, result: Result, outcome: Outcome) -> None:

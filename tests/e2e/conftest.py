@@ -1,6 +1,7 @@
 """A small network trained on real digits, exported, and served by `offramp serve` in a process of its own."""
 
 import io
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,14 +11,19 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from gated_trainings import GATED
+from offramp_cli.__main__ import app
 from offramp_cli.server_process import server_process
 from offramp_exporter import export
 from offramp_models import load_data
 from offramp_models.data import ImageDataSet
-from offramp_models.networks import MultiExitCNN
+from offramp_models.gates import HARD, GatedPass, Relaxation
+from offramp_models.networks import MultiExitCNN, NetworkPlan
+from offramp_models.networks.gated_network import GatedNetwork
 from offramp_models.training import TrainingSettings, train
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
 SERVE_FLAGS = ("--device", "cpu", "--threads", "1", "--warm-up-s", "0.3")
 
@@ -34,6 +40,18 @@ class Trained:
         """Give every exit's logits as torch computes them."""
         with torch.inference_mode():
             return [logits.numpy() for logits in self.network(torch.from_numpy(inputs))]
+
+
+@dataclass(frozen=True)
+class TrainedGates(Trained):
+    """A trained network with gates and the bundle made of it."""
+
+    network: GatedNetwork
+
+    def passed(self, inputs: np.ndarray, relax: Relaxation = HARD) -> GatedPass:
+        """Send inputs through as torch computes it; gives logits, scores and decisions."""
+        with torch.inference_mode():
+            return self.network.pass_gates(torch.from_numpy(inputs), relax)
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,46 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     described = {"labels": data.label_names, "preprocessing": data.preprocessing, "training": record.to_json()}
     export(network, inputs, bundle, name="digits", **described)
     return Trained(network, data, bundle)
+
+
+@pytest.fixture(scope="session")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainedGates]:
+    """Train networks for a second or two each and export them, all from the command line and into one folder."""
+    folder, data = tmp_path_factory.mktemp("gated"), load_data("digits")
+    offramp = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    trained = {}
+    for name, (network, *flags) in GATED.items():
+        weights, record = folder / f"{name}.pt", folder / f"{name}.json"
+        bundle = folder / "bundles" / name
+        told = (
+            network,
+            "--weights",
+            weights,
+            "--training",
+            record,
+            "--data",
+            "digits",
+            "--name",
+            name,
+            "--out",
+            bundle,
+        )
+        for command in (("train", "--network", network, *flags, "--threads", 1, "--out", weights), ("export", *told)):
+            done = offramp.invoke(app, [str(word) for word in command])
+            assert done.exit_code == 0, done.output
+        plan = NetworkPlan.from_record(json.loads(record.read_text()))
+        assert plan is not None
+        built = plan.build(seed=1)
+        built.load_state_dict(torch.load(weights, weights_only=True))
+        assert isinstance(built, GatedNetwork)
+        trained[name] = TrainedGates(built.eval(), data, bundle)
+    return trained
+
+
+@pytest.fixture(scope="session")
+def served_gates(serve: Callable[[Path], Served], gated: dict[str, TrainedGates]) -> Served:
+    """Serve them together."""
+    return serve(gated["skipnet"].bundle.parent)
 
 
 @pytest.fixture(scope="session")

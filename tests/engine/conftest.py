@@ -1,7 +1,6 @@
 """Networks a test can work out on paper, and the engine's loop as a simulation: real stages, a clock of our own."""
 
 import hashlib
-import math
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gated_bundles import DECISION, Block, write_gated
 from offramp_contract.calibration import CALIBRATION_FILE, Calibration
 from offramp_contract.manifest import Exit, File, Manifest, Provenance, Stage, Tensor
 from offramp_contract.policy_spec import compile_policy, parse_policy
-from offramp_contract.statistics import FloatArray, decision_of_logits, decision_width, num_top
-from offramp_runtime import Bundle, open_bundle, open_device
+from offramp_contract.statistics import FloatArray, decision_of_logits, decision_width
+from offramp_runtime import Bundle, StageExecutor, open_bundle, open_device, run_gated
+from offramp_runtime.whole import Outcome
 from offramp_server.engine import Engine
 from offramp_server.engine_settings import EngineSettings
 from offramp_server.loop import DeviceLoop
@@ -28,36 +29,6 @@ from onnx import parser
 
 WIDTH = 4
 """Every tensor is (B, 4): each value is also the scores of four classes."""
-
-DECISION = """
-  z = Div (logits, T)
-  top_z, top_i = TopK <axis = 1> (z, k)
-  max_z = Slice (top_z, zero, one, one)
-  max_i = Slice (top_i, zero, one, one)
-  shifted = Sub (z, max_z)
-  e = Exp (shifted)
-  total = ReduceSum <keepdims = 1> (e, one)
-  is_max = Equal (classes, max_i)
-  others = Where (is_max, nothing, e)
-  odds_against = ReduceSum <keepdims = 1> (others, one)
-  minus_log_odds = Log (odds_against)
-  log_odds = Neg (minus_log_odds)
-  log_total = Log (total)
-  log_p = Sub (shifted, log_total)
-  p = Div (e, total)
-  p_log_p = Mul (p, log_p)
-  minus_h = ReduceSum <keepdims = 1> (p_log_p, one)
-  minus_entropy = Div (minus_h, log_classes)
-  entropy = Neg (minus_entropy)
-  top_behind = Sub (top_z, max_z)
-  top_e = Exp (top_behind)
-  top_p = Div (top_e, total)
-  p_1 = Slice (top_p, zero, one, one)
-  p_2 = Slice (top_p, one, two, one)
-  margin = Sub (p_1, p_2)
-  top_class = Cast <to = 1> (top_i)
-  decision = Concat <axis = 1> (log_odds, entropy, margin, top_p, top_class)
-"""
 
 
 @dataclass(frozen=True)
@@ -121,6 +92,28 @@ def late(make_net: Callable[..., Net]) -> Net:
     return make_net(LATE, name="late", temperatures=(1.0, 2.0, 0.5))
 
 
+@dataclass(frozen=True)
+class GatedNet:
+    """A gated network, as a bundle and as the runtime runs it, one batch alone."""
+
+    bundle: Bundle
+    executor: StageExecutor
+
+    def run(self, x_BD: np.ndarray, threshold_BG: np.ndarray | None = None) -> Outcome:
+        return run_gated(self.executor, {"x": x_BD}, threshold_BG)
+
+
+@pytest.fixture(scope="session")
+def make_gated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., GatedNet]:
+    """Write and open the bundle of a gated network of blocks."""
+
+    def make(blocks: tuple[Block, ...], **fields: Any) -> GatedNet:
+        bundle = open_bundle(write_gated(tmp_path_factory.mktemp("gated") / "bundle", blocks, **fields))
+        return GatedNet(bundle, StageExecutor(bundle, open_device("cpu", 1)))
+
+    return make
+
+
 def write_net(
     folder: Path, steps: tuple[Step, ...], name: str = "net", temperatures: tuple[float, ...] = (), **manifest: Any
 ) -> None:
@@ -172,11 +165,7 @@ def _graph(step: Step) -> bytes:
         outputs += [f"float[batch, {WIDTH}] logits", f"float[batch, {decision_width(WIDTH)}] decision"]
         body += [
             f"gain = Constant <value_float = {step.gain:.1f}> ()",
-            f"nothing = Constant <value_float = {0.0}> ()",
-            f"log_classes = Constant <value_float = {math.log(WIDTH)}> ()",
-            f"k = Constant <value_ints = [{num_top(WIDTH)}]> ()",
             *(f"{word} = Constant <value_ints = [{n}]> ()" for n, word in enumerate(("zero", "one", "two"))),
-            f"classes = Constant <value_ints = [{', '.join(map(str, range(WIDTH)))}]> ()",
             "logits = Mul (sum, gain)",
             DECISION,
         ]

@@ -162,6 +162,45 @@ def test_the_next_answer_is_as_far_as_the_next_exit(scripted):
     assert profile.first_answer_stage() == 1
 
 
+def gated_profile(cost=lambda stage, rows: 0.01 * (stage + 1)):
+    """Profile trunk 0, bodies 1 and 2, trunk 3 with an exit, body 4, trunk 5 and trunk 6 with the last exit."""
+    profile = Profile([3, 6], 7, 8, gated_stages=(1, 2, 4))
+    for index, stage in enumerate(profile.stages):
+        for batch in (1, 8):
+            stage.calibrate(batch, [cost(index, batch)])
+    return profile
+
+
+def test_the_least_that_a_row_must_run_to_its_next_exit_is_the_trunk():
+    profile = gated_profile()
+    bound = [profile.bound_s(stage, 8) for stage in range(7)]
+    expected = [(0, 3), (1, 3), (2, 3), (3,), (4, 5, 6), (5, 6), (6,)]
+    for stage, path in enumerate(expected):
+        assert profile.to_next_answer_s(stage, 8) == pytest.approx(sum(bound[s] for s in path)), stage
+    assert [profile.trunk_from(stage) for stage in range(7)] == [0, 3, 3, 3, 5, 5, 6]
+    assert [profile.is_gated(stage) for stage in range(7)] == [False, True, True, False, True, False, False]
+
+
+def test_the_way_to_the_next_exit_follows_what_is_observed():
+    profile = gated_profile()
+    before = profile.to_next_answer_s(4, 1)
+    for _ in range(256):
+        profile.stages[5].observe(1, 0.6)
+    assert profile.to_next_answer_s(4, 1) > before + 0.5
+    assert profile.to_next_answer_s(5, 1) == pytest.approx(profile.bound_s(5, 1) + profile.bound_s(6, 1))
+
+
+def test_the_open_rate_is_that_of_the_last_rows():
+    profile = gated_profile()
+    assert [profile.open_rate(stage) for stage in range(7)] == [1.0] * 7
+    for _ in range(500):
+        profile.observe_gates(range(1, 2), 2, 3)
+        profile.observe_gates(range(1, 3), 3, 1)
+    assert profile.open_rate(1) == pytest.approx(0.0, abs=0.001)
+    assert profile.open_rate(2) == pytest.approx(0.75, abs=0.02)
+    assert profile.open_rate(4) == 1.0
+
+
 def test_a_row_is_reckoned_at_full_depth_until_rows_were_seen(scripted):
     profile = scripted(lambda stage, rows: 0.01 * rows)
     assert profile.row_s == pytest.approx(0.03)

@@ -566,3 +566,61 @@ class Bookkeeping(RuleBasedStateMachine):
 
 Bookkeeping.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestBookkeeping = Bookkeeping.TestCase
+
+
+# --- gated stages ----------------------------------------------------------------------------------------------------
+
+
+def gated_scheduler(cost=flat):
+    """Open the queues of trunk 0, body 1, body 2, trunk 3, body 4 and trunk 5 with the only exit."""
+    profile = Profile([5], 6, MAX_BATCH, gated_stages=(1, 2, 4))
+    for index, stage in enumerate(profile.stages):
+        for batch in range(1, MAX_BATCH + 1):
+            stage.calibrate(batch, [cost(index, batch)])
+    return scheduler_of(profile, num_stages=6)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "stage"),
+    [
+        ({1: 2, 3: 6}, 1),  # they join at the trunk
+        ({1: 2, 2: 6}, 1),  # or in the next body
+        ({1: 2, 2: 2, 3: 6}, 1),
+        ({2: 1, 3: 7}, 2),
+        ({1: 2, 5: 6}, 5),  # too far behind to join
+        ({0: 2, 3: 6}, 3),  # trunk is never waited for
+        ({1: 2, 3: 8}, 3),  # a full batch gains nothing
+        ({1: 7, 4: 6}, 1),  # fuller, and not joined
+    ],
+)
+def test_a_batch_waits_for_those_in_bodies_that_may_join_it_if_it_gains_by_them(waiting, stage):
+    scheduler = gated_scheduler()
+    for at, count in waiting.items():
+        scheduler.put(key(at), rows(count))
+    assert scheduler.next(0.0).key == key(stage)
+
+
+def test_a_batch_that_gains_nothing_by_more_rows_waits_for_none():
+    scheduler = gated_scheduler(linear)
+    for stage in (1, 3):
+        scheduler.put(key(stage), rows(1))
+    assert scheduler.next(0.0).key == key(3)
+
+
+def test_a_row_that_cannot_wait_does_not_wait_for_those_in_bodies():
+    scheduler = gated_scheduler()
+    scheduler.put(key(1), rows(2))
+    bound = profile_of(flat).bound_s(0, 1)
+    scheduler.put(key(3), rows(1, deadline_s=2.5 * bound))
+    assert scheduler.next(0.0).key == key(3)
+
+
+def test_a_row_before_a_body_that_has_no_time_for_it_is_given_back():
+    scheduler = gated_scheduler()
+    bound = profile_of(flat).bound_s(0, 1)
+    in_time, late = Row(deadline_s=10.0 + 3 * bound + EPSILON), Row(deadline_s=10.0 + 3 * bound - EPSILON)
+    scheduler.put(key(1), [in_time, late])
+    scheduler.put(key(3), rows(1, deadline_s=10.0))
+    assert scheduler.take_expired(10.0) == []
+    assert scheduler.take_hurried(10.0) == [late]
+    assert len(scheduler) == 2

@@ -23,7 +23,8 @@ WIDTH = 24
 def exposed():
     """Give, for each sample that the server exposes, the values of its labels."""
     metrics = Metrics()
-    metrics.model_added(Loaded("digits", "v", (("stage_0", "fp32"), ("stage_1", "fp32")), ("exit_0", "exit_1")))
+    stages = (("stage_0", "fp32"), ("stage_1", "fp32"))
+    metrics.model_added(Loaded("digits", "v", stages, ("exit_0", "exit_1"), ("gate_0",)))
     found: dict[str, dict[str, set[str]]] = {}
     for family in text_string_to_metric_families(metrics.exposition()[0].decode()):
         for sample in family.samples:

@@ -308,3 +308,28 @@ def test_equal_policies_share_one_compiled_object(read: Any) -> None:
     first, second = read(policy="confidence", threshold=0.8), read(policy="confidence", threshold=0.8)
     assert first.options.policy is second.options.policy
     assert np.all(first.options.policy.threshold_RN == 0.8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"combine": "mean"}, "combine: the exits of this model have different numbers of classes"),
+        ({"combine": "geometric"}, "combine: the exits of this model have different numbers of classes"),
+        ({"policy": "patience"}, "policy: patience and agreement compare labels"),
+        (
+            {"policy": {"kind": "any_of", "of": [{"kind": "confidence"}, {"kind": "agreement"}]}},
+            "policy: patience and agreement compare",
+        ),
+    ],
+)
+def test_exits_of_different_width_are_not_compared(
+    manifest: Manifest, calibration: Calibration, fields: dict[str, Any], sentence: str
+) -> None:
+    first, *others = manifest.exits
+    coarse = manifest.model_copy(
+        update={"exits": (first.model_copy(update={"num_classes": 2}), *others), "labels": None}
+    )
+
+    with pytest.raises(InvalidValue, match=sentence):
+        read_routing(fields, coarse, calibration, NoLimits())
+    assert read_routing({"policy": "confidence", "combine": "last"}, coarse, calibration, NoLimits())

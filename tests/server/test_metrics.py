@@ -92,6 +92,29 @@ def test_only_exits_that_the_deadline_forced_are_counted_as_forced(metrics):
     assert Scrape(metrics)("offramp_forced_exits_total") == 1
 
 
+def test_what_gates_decided_is_counted_by_gate_and_decision(metrics):
+    metrics.model_added(Loaded("gated", VERSION, LOADED.stages, LOADED.exits, ("gate_0", "gate_1")))
+    every = [(gate, decision) for gate in ("gate_0", "gate_1") for decision in ("open", "shut", "forced")]
+    scrape = Scrape(metrics)
+    assert [scrape("offramp_gate_decisions_total", gate=gate, decision=decision) for gate, decision in every] == [0] * 6
+    decided = [("open", "shut"), ("open", "forced"), ("open", None), ("shut", None)]
+    metrics.rows_left([Departure("gated", VERSION, 0, "exit_0", Reason.MARGIN, 0.5, gates) for gates in decided])
+    scrape = Scrape(metrics)
+    counts = [scrape("offramp_gate_decisions_total", gate=gate, decision=decision) for gate, decision in every]
+    assert counts == [3, 1, 0, 0, 1, 1]
+    assert not [sample for sample in scrape.samples(model=MODEL) if "gate" in sample.labels]
+
+
+def test_a_row_whose_gate_a_deadline_shut_leaves_the_final_exit_by_force(metrics):
+    metrics.model_added(Loaded("gated", VERSION, LOADED.stages, LOADED.exits, ("gate_0",)))
+    metrics.rows_left([Departure("gated", VERSION, 2, "exit_2", Reason.DEADLINE, 0.5, ("forced",))])
+    scrape = Scrape(metrics)
+    assert scrape("offramp_samples_total", exit="exit_2", reason="deadline") == 1
+    assert scrape("offramp_forced_exits_total") == 1
+    finals = {sample.labels["reason"] for sample in scrape.samples(model=MODEL, exit="exit_2")}
+    assert finals == {"final"}, "without gates nothing but the end is a reason to leave there"
+
+
 def test_depths_give_the_average_depth_and_the_compute_saved(metrics):
     metrics.rows_left([departure(0, Reason.CONFIDENT, 0.25), departure(2, Reason.FINAL, 1.0)])
     metrics.rows_left([departure(1, Reason.MARGIN, 0.5)])

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import shutil
 import socket
 import subprocess
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from gated_bundles import TWO, gated_rows, write_gated
 from offramp_cli.server_process import server_process
 
 ROOT = Path(__file__).parents[2]
@@ -77,8 +79,10 @@ class Observed:
 def observed(make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
     """Serve, scrape, send the load, and wait until Prometheus knows all that the server counted."""
     folder = tmp_path_factory.mktemp("observed")
-    bundle = make_bundle(name="digits", gains=(1.0, 10.0, 100.0), work=300)
-    with server_process(bundle, folder / "server.log", SERVE_FLAGS) as url, scraping(url, folder) as prometheus:
+    models = folder / "models"
+    shutil.copytree(make_bundle(name="digits", gains=(1.0, 10.0, 100.0), work=300), models / "digits")
+    write_gated(models / "gated", TWO, "gated")
+    with server_process(models, folder / "server.log", SERVE_FLAGS) as url, scraping(url, folder) as prometheus:
         prometheus.until(lambda: bool(prometheus.query("offramp_inflight_samples == 0")), "the server is scraped")
         with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
             send_mixed_load(client)
@@ -158,7 +162,7 @@ def send_mixed_load(client: httpx.Client) -> None:
     """Send what makes every kind of answer: each exit, each reason, deadlines met and missed, refusals, bad input."""
 
     def classify(rows: list[list[float]], **fields: Any) -> int:
-        return client.post("/v1/classify", json={"inputs": rows, **fields}).status_code
+        return client.post("/v1/models/digits/classify", json={"inputs": rows, **fields}).status_code
 
     clear, vague, hopeless = [9.0, 0, 0, 0], [0.5, 0, 0, 0], [0.001, 0, 0, 0]
     for _ in range(5):
@@ -170,6 +174,10 @@ def send_mixed_load(client: httpx.Client) -> None:
         assert classify([hopeless], latency_ms=0.01, on_miss="reject") == httpx.codes.GATEWAY_TIMEOUT
         assert classify([[1.0]]) == httpx.codes.UNPROCESSABLE_ENTITY
         assert classify([[3e38, -3e38, 0, 0]], policy={"kind": "fixed", "exit": 2}) == httpx.codes.UNPROCESSABLE_ENTITY
+    rows = gated_rows((0.9, 0.1), (0.1, 0.9), (0.9, 0.9)).tolist()
+    for budget_ms in (60_000, 0.01):  # gates open and shut, and forced
+        answer = client.post("/v1/models/gated/classify", json={"inputs": rows, "latency_ms": budget_ms})
+        assert answer.status_code == httpx.codes.OK
     with concurrent.futures.ThreadPoolExecutor(12) as clients:
         body = {"policy": json.loads('{"kind": "fixed", "exit": 2}')}
         statuses = list(clients.map(lambda _: classify([vague] * 32, **body), range(48)))

@@ -16,6 +16,8 @@ DASHBOARD = json.loads((DASHBOARDS / "offramp.json").read_text())
 PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"] if panel["type"] != "row"}
 WHOLE_SERVER = {"Requests by model", "Compute saved since load", "CPU", "Memory"}
 MAY_BE_ZERO = {"Rows in flight"}
+GATED = {"Gates open", "Gate decisions, over time"}
+"""Panels of networks with gates; the run serves one beside the other network."""
 SPAN_S = 60  # holds the whole run, and ends where everything has been scraped
 
 
@@ -48,7 +50,7 @@ def test_the_committed_dashboard_is_what_its_code_writes():
 
 @pytest.mark.parametrize("title", PANELS)
 def test_every_panel_shows_data(observed, title):
-    series = evaluated(observed, PANELS[title])
+    series = evaluated(observed, PANELS[title], model="gated" if title in GATED else "digits")
     values = [value for _, values in series for value in values]
     assert values, f"{title} shows nothing"
     assert title in MAY_BE_ZERO or any(value != 0 for value in values), f"{title} shows nothing but zeros"
@@ -62,7 +64,7 @@ def test_a_panel_shows_the_chosen_model_only(observed, title):
 @pytest.mark.parametrize("title", PANELS)
 def test_the_labels_that_a_legend_names_are_there(observed, title):
     labels = re.findall(r"\{\{(\w+)\}\}", PANELS[title]["targets"][0]["legendFormat"])
-    for series, _ in evaluated(observed, PANELS[title]):
+    for series, _ in evaluated(observed, PANELS[title], model="gated" if title in GATED else "digits"):
         assert set(labels) <= series.keys()
 
 
@@ -75,6 +77,14 @@ def test_the_choices_at_the_top_of_the_page_have_values(observed):
         assert observed.prometheus.query(filled_in(selector))
 
 
+def test_the_gate_panels_show_what_the_gates_decided(observed):
+    """Over rows that open the first gate, the second, and both, at ease; and again with no time for any."""
+    shares = {labels["gate"]: values for labels, values in evaluated(observed, PANELS["Gates open"], model="gated")}
+    assert set(shares) == {"gate_0", "gate_1"}
+    decided = evaluated(observed, PANELS["Gate decisions, over time"], model="gated")
+    assert {labels["decision"] for labels, values in decided if any(values)} == {"open", "shut", "forced"}
+
+
 def test_shares_lie_between_nothing_and_all(observed):
     shares = [panel for panel in PANELS.values() if panel["fieldConfig"]["defaults"].get("unit") == "percentunit"]
     # Of rates that are stacked to a whole, Grafana makes shares; the query gives rows a second.
@@ -85,7 +95,7 @@ def test_shares_lie_between_nothing_and_all(observed):
     ]
     assert len(shares) > 3
     for panel in shares:
-        for _, values in evaluated(observed, panel):
+        for _, values in evaluated(observed, panel) + evaluated(observed, panel, model="gated"):
             assert all(-1e-9 <= value <= 1 + 1e-9 for value in values), panel["title"]
 
 

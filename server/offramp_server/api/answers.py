@@ -1,5 +1,6 @@
 """The engine's results as the JSON that people read."""
 
+from math import isfinite
 from typing import Any
 
 import orjson
@@ -85,9 +86,30 @@ def _prediction(row: RowAnswer | OfframpError, manifest: Manifest, routing: Rout
         "score": round(float(row.score), NUM_DECIMALS),
         "threshold": row.threshold,
     }
+    if manifest.gates:
+        prediction["gates"] = _gates_document(row, manifest)
     if routing.options.explain:
         prediction["exits"] = [_exit_document(answer, manifest, routing.top_k) for answer in row.seen]
     return prediction
+
+
+def _gates_document(row: RowAnswer, manifest: Manifest) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "open": row.gate_decisions.count("open"),
+        "forced": row.gate_decisions.count("forced"),
+        "of": len(manifest.gates),
+    }
+    if row.gates_seen:
+        document["decisions"] = [
+            {
+                "name": gate.name,
+                "score": None if seen.score is None else round(seen.score, NUM_DECIMALS),
+                "threshold": seen.threshold if isfinite(seen.threshold) else None,
+                "decision": seen.decision,
+            }
+            for gate, seen in zip(manifest.gates, row.gates_seen, strict=True)
+        ]
+    return document
 
 
 def _exit_document(answer: ExitAnswer, manifest: Manifest, top_k: int) -> dict[str, Any]:

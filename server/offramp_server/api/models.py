@@ -5,14 +5,13 @@ from typing import Any
 import orjson
 from offramp_contract.calibration import OperatingPoint
 from offramp_contract.manifest import Manifest
-from offramp_contract.policy_spec import KINDS
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from offramp_server.choice import choose
 from offramp_server.context import context_of
-from offramp_server.fields import COMBINATIONS, ON_MISS
+from offramp_server.fields import ON_MISS, combinations_of, kinds_of
 from offramp_server.served import ServedModel
 
 
@@ -31,7 +30,7 @@ async def list_models(request: Request) -> Response:
 
 
 async def describe_model(request: Request) -> Response:
-    """Describe one model: inputs, labels, stages, exits, policies, costs."""
+    """Describe one model: inputs, labels, stages, exits, gates, policies, costs."""
     context = context_of(request)
     served = context.repository.find(request.path_params["model"])
     manifest = served.manifest
@@ -45,10 +44,12 @@ async def describe_model(request: Request) -> Response:
             "labels": manifest.labels,
             "stages": _stages(served),
             "exits": _exits(manifest),
+            "gates": _gates(manifest),
+            "predicates": [predicate.model_dump(mode="json") for predicate in manifest.predicates],
             "default_policy": default.policy.model_dump(mode="json"),
             "default_operating_point": None if default.point is None else default.point.name,
-            "policies": KINDS,
-            "combine": COMBINATIONS,
+            "policies": kinds_of(manifest),
+            "combine": combinations_of(manifest),
             "on_miss": ON_MISS,
             "num_operating_points": len(served.calibration.operating_points),
             "provenance": manifest.provenance.model_dump(mode="json"),
@@ -105,6 +106,7 @@ def _stages(served: ServedModel) -> list[dict[str, Any]]:
         {
             "name": stage.name,
             "exit": stage.exit,
+            "gates": [served.manifest.gates[gate].name for gate in stage.gates],
             "flops": stage.flops,
             "carry_bytes": stage.carry_bytes,
             "measured_ms": {str(batch): round(s * 1e3, 4) for batch, s in measured.items()},
@@ -117,8 +119,28 @@ def _stages(served: ServedModel) -> list[dict[str, Any]]:
 
 def _exits(manifest: Manifest) -> list[dict[str, Any]]:
     return [
-        {"index": index, "name": exit_.name, "stage": manifest.stages[exit_.stage].name, "depth": round(depth, 6)}
+        {
+            "index": index,
+            "name": exit_.name,
+            "stage": manifest.stages[exit_.stage].name,
+            "depth": round(depth, 6),
+            "num_classes": exit_.num_classes,
+            "native": None if exit_.native is None else exit_.native.model_dump(mode="json"),
+        }
         for index, (exit_, depth) in enumerate(zip(manifest.exits, manifest.exit_depths, strict=True))
+    ]
+
+
+def _gates(manifest: Manifest) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": gate.name,
+            "stage": None if gate.stage is None else manifest.stages[gate.stage].name,
+            "priority": gate.priority,
+            "threshold": gate.threshold,
+            "stages": [stage.name for stage in manifest.stages if index in stage.gates],
+        }
+        for index, gate in enumerate(manifest.gates)
     ]
 
 

@@ -7,8 +7,11 @@ from typing import Any, Final
 from pydantic.json_schema import models_json_schema
 
 from offramp_server.api import open_inference
+from offramp_server.api.model_schemas import ModelDescription, ModelList, OperatingPointList
 from offramp_server.api.problems import PROBLEM_JSON
-from offramp_server.api.schemas import SCHEMAS, RoutingFields
+from offramp_server.api.schemas import ClassifyAnswer, ClassifyRequest, Problem, RoutingFields
+
+_SCHEMAS: Final = (ClassifyRequest, ClassifyAnswer, ModelList, ModelDescription, OperatingPointList, Problem)
 
 _REF = "#/components/schemas/{model}"
 _STATUS: Final = {
@@ -52,6 +55,9 @@ _REQUEST_EXAMPLES: Final = {
     "an image, within 20 ms": {"value": {"image": "iVBORw0KGgo=", "latency_ms": 20}},
     "a text": {"value": {"text": "well worth seeing", "policy": {"kind": "patience", "patience": 2}}},
     "half of the compute": {"value": {"inputs": [0.0, 0.5, 1.0], "compute": 0.5, "explain": True}},
+    "every block that scores at least 0.3": {
+        "value": {"inputs": [0.0, 0.5, 1.0], "gate_threshold": 0.3, "explain": True}
+    },
     "as full depth, but for 2 %": {"value": {"inputs": [0.0, 0.5, 1.0], "risk": {"epsilon": 0.02, "delta": 0.1}}},
 }
 _EVENTS_EXAMPLE: Final = 'event: exit\ndata: {"row": 0, "label": "7"}\n\nevent: answer\ndata: {"model": "digits"}\n\n'
@@ -63,7 +69,7 @@ _MODEL_PARAMETER: Final = {
 
 def openapi_document() -> dict[str, Any]:
     """Give the document of the whole server."""
-    _, schemas = models_json_schema([(model, "serialization") for model in SCHEMAS], ref_template=_REF)
+    _, schemas = models_json_schema([(model, "serialization") for model in _SCHEMAS], ref_template=_REF)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -144,7 +150,7 @@ def _query_parameters() -> list[dict[str, Any]]:
 
 _QUERY_TYPES: Final = {
     "patience": "integer", "latency_ms": "number", "compute": "number", "accuracy": "number", "min_exit": "integer",
-    "max_exit": "integer", "gate_threshold": "number", "top_k": "integer", "explain": "boolean",
+    "max_exit": "integer", "top_k": "integer", "explain": "boolean",
 }  # fmt: skip
 _ANSWER_HEADERS: Final = {
     "x-request-id": "The request's own id, or the server's.",

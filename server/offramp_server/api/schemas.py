@@ -2,22 +2,23 @@
 
 from typing import Annotated, Any, Literal
 
-from offramp_contract.manifest import Tensor
 from offramp_contract.policy_spec import PolicySpec
 from pydantic import BaseModel, ConfigDict, Field
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-PolicyName = Literal["confidence", "entropy", "margin", "agreement", "patience"]
+PolicyName = Literal["confidence", "entropy", "margin", "agreement", "patience", "native"]
 
 
-class _Document(BaseModel):
+class Document(BaseModel):
+    """An object that has no fields but those listed."""
+
     model_config = ConfigDict(extra="forbid")
 
 
 OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
-class Risk(_Document):
+class Risk(Document):
     """A share of answers is at most epsilon, with probability 1 - delta; without delta, on average."""
 
     epsilon: OpenShare
@@ -28,12 +29,14 @@ class Risk(_Document):
     )
 
 
-class RoutingFields(_Document):
+class RoutingFields(Document):
     """How the rows of a request are routed. All optional; the model's default policy holds where none is given."""
 
     policy: PolicyName | PolicySpec | None = Field(None, description="A kind's name, or an object with its parameters.")
-    threshold: Share | list[Share] | None = Field(
-        None, description="Beside a kind's name: one number, or one per non-final exit."
+    threshold: float | list[float | None] | None = Field(
+        None,
+        description="Beside a kind's name: one number, or one per non-final exit. Shares from 0 to 1, but for the kind "
+        "`native`: there in the network's own units, and null keeps its own.",
     )
     patience: int | None = Field(None, ge=1, description="Beside the kind `patience`.")
     latency_ms: float | None = Field(
@@ -54,8 +57,17 @@ class RoutingFields(_Document):
     risk: Risk | None = Field(None, description="Bound on what depth may change; picks the cheapest certified point.")
     min_exit: int | None = Field(None, ge=0, description="No voluntary exit before this one.")
     max_exit: int | None = Field(None, ge=0, description="No stage beyond this exit.")
-    gate_threshold: Share | None = Field(None, description="For networks with gates.")
-    gates: Literal["own", "open", "shut"] | int | None = Field(None, description="For networks with gates.")
+    gate_threshold: Share | list[Share] | None = Field(
+        None,
+        description="For networks with gates: a row runs the stages behind a gate if its score is at least this. One "
+        "number, or one per gate; unset, each gate's own.",
+    )
+    gates: Literal["own", "open", "shut"] | int | None = Field(
+        None,
+        description="For networks with gates: `own` leaves the decision to the scores (default), `open` and `shut` "
+        "force all. A count keeps so many gates open, those of highest priority, where depth is the caller's choice. "
+        "Give this or gate_threshold.",
+    )
     combine: Literal["last", "mean", "geometric"] | None = Field(
         None, description="How the answer combines the exits seen; default last."
     )
@@ -63,7 +75,9 @@ class RoutingFields(_Document):
         None, description="When not even the first exit can answer in time: answer late (default) or reject with 504."
     )
     top_k: int | None = Field(None, ge=1, le=5, description="How many leading classes the answer lists; default 5.")
-    explain: bool | None = Field(None, description="Add the answer of every exit seen on the way.")
+    explain: bool | None = Field(
+        None, description="Add the answer of every exit seen on the way, and what every gate decided."
+    )
 
 
 class ClassifyRequest(RoutingFields):
@@ -76,7 +90,7 @@ class ClassifyRequest(RoutingFields):
     text: str | list[str] | None = Field(None, description="A text, or a list of them.")
 
 
-class ClassProbability(_Document):
+class ClassProbability(Document):
     """One class and its probability."""
 
     label: str
@@ -84,7 +98,7 @@ class ClassProbability(_Document):
     probability: Share
 
 
-class ExitPlace(_Document):
+class ExitPlace(Document):
     """Which exit."""
 
     index: int
@@ -96,9 +110,41 @@ class ExitTaken(ExitPlace):
     """The exit a row left at, and why."""
 
     reason: Literal[
-        "confident", "entropy", "margin", "patience", "learned", "agreement", "window", "depth_cap", "deadline", "final"
+        "confident",
+        "entropy",
+        "margin",
+        "patience",
+        "learned",
+        "agreement",
+        "window",
+        "depth_cap",
+        "deadline",
+        "final",
+        "native",
     ]
-    forced: bool = Field(description="Whether the deadline, not the policy or a cap, made the row leave.")
+    forced: bool = Field(
+        description="Whether the deadline, not the policy or a cap, made the row leave, or shut a gate on its way."
+    )
+
+
+class GateDecided(Document):
+    """What one gate decided over a row."""
+
+    name: str
+    score: float | None = Field(description="Its score, or its priority; null if its stage did not run.")
+    threshold: float | None = Field(description="What the score is compared with; null where the request forces it.")
+    decision: Literal["open", "shut", "forced"] | None = Field(
+        description="`forced`: shut because of the deadline; null: the row did not come to it."
+    )
+
+
+class GatesDecided(Document):
+    """What the gates decided over a row."""
+
+    open: int = Field(description="How many gates the row went through.")
+    forced: int = Field(description="How many more it would have gone through, had there been time.")
+    of: int = Field(description="Number of gates of the model.")
+    decisions: list[GateDecided] | None = Field(None, description="One by one, with `explain`.")
 
 
 class ExitSeen(ClassProbability):
@@ -130,16 +176,17 @@ class Prediction(ClassProbability):
     stages: list[str] = Field(description="The stages that ran for it, in order.")
     score: float = Field(description="The statistic that the policy looked at.")
     threshold: float | None = Field(description="What it was compared with, where that is one number.")
+    gates: GatesDecided | None = Field(None, description="Of a model with gates.")
     exits: list[ExitSeen] | None = None
 
 
-class FailedPrediction(_Document):
+class FailedPrediction(Document):
     """The answer of one row that failed where others did not."""
 
     error: Problem
 
 
-class CertificateStatement(_Document):
+class CertificateStatement(Document):
     """What held-out data certifies of the operating point."""
 
     kind: Literal["consistency", "accuracy_loss", "accuracy"]
@@ -149,7 +196,7 @@ class CertificateStatement(_Document):
     num_samples: int
 
 
-class PolicyUsed(_Document):
+class PolicyUsed(Document):
     """The policy in force."""
 
     kind: str
@@ -157,7 +204,7 @@ class PolicyUsed(_Document):
     certified: CertificateStatement | None
 
 
-class Timing(_Document):
+class Timing(Document):
     """Where the time went, in milliseconds."""
 
     queue_ms: float
@@ -166,7 +213,7 @@ class Timing(_Document):
     budget_ms: float | None
 
 
-class ClassifyAnswer(_Document):
+class ClassifyAnswer(Document):
     """The answer: one prediction per input, in order."""
 
     model: str
@@ -174,90 +221,3 @@ class ClassifyAnswer(_Document):
     predictions: list[Prediction | FailedPrediction]
     policy: PolicyUsed
     timing: Timing
-
-
-class ModelSummary(_Document):
-    """A served model."""
-
-    name: str
-    version: str
-    task: str
-    num_stages: int
-    num_exits: int
-    num_classes: int
-
-
-class ModelList(_Document):
-    """The served models."""
-
-    models: list[ModelSummary]
-
-
-class StageDescription(_Document):
-    """A stage and its costs."""
-
-    name: str
-    exit: int | None = Field(description="Index of the exit it ends in, if any.")
-    flops: int = Field(description="Of one row; a multiply-add counts two.")
-    carry_bytes: int
-    measured_ms: dict[str, float] = Field(description="Expected milliseconds by batch size, on this machine.")
-
-
-class ExitDescription(_Document):
-    """An exit, and the share of the full path's FLOPs a row has run when it stands there."""
-
-    index: int
-    name: str
-    stage: str
-    depth: Share
-
-
-class ModelDescription(ModelSummary):
-    """All that may be asked of a model."""
-
-    precision: str
-    inputs: list[Tensor]
-    preprocessing: dict[str, Any] | None
-    labels: list[str] | None
-    stages: list[StageDescription]
-    exits: list[ExitDescription]
-    default_policy: PolicySpec = Field(description="Serves requests that choose neither policy nor budget.")
-    default_operating_point: str | None = Field(description="The calibrated point it is, if it is one.")
-    policies: list[str]
-    combine: list[str]
-    on_miss: list[str]
-    num_operating_points: int
-    provenance: dict[str, Any]
-
-
-class OperatingPointDescription(_Document):
-    """One calibrated setting of a policy, with what held-out data says to expect of it."""
-
-    name: str
-    policy: PolicySpec
-    compute: Share = Field(description="Average share of the full path's FLOPs.")
-    accuracy: Share
-    exit_rates: list[Share] = Field(description="Share of rows that leave at each exit.")
-    expected_ms: float = Field(description="Average time in the stages for a row alone, as this machine measures it.")
-    certificates: list[CertificateStatement]
-
-
-class OperatingPointList(_Document):
-    """A model's calibrated operating points, cheapest first."""
-
-    model: str
-    version: str
-    data_digest: str | None = Field(description="Sha256 of the data they were calibrated on.")
-    num_samples: int
-    temperatures: list[float]
-    operating_points: list[OperatingPointDescription]
-
-
-SCHEMAS: tuple[type[BaseModel], ...] = (
-    ClassifyRequest,
-    ClassifyAnswer,
-    ModelList,
-    ModelDescription,
-    OperatingPointList,
-    Problem,
-)

@@ -126,6 +126,7 @@ def _configuration(served: ServedModel, settings: ServerSettings) -> dict[str, A
         }
         for name in OUTPUTS
     ]
+    gates = ",".join(gate.name for gate in served.manifest.gates)
     return {
         "name": served.name,
         "platform": PLATFORM,
@@ -134,6 +135,7 @@ def _configuration(served: ServedModel, settings: ServerSettings) -> dict[str, A
         "input": inputs,
         "output": outputs,
         "dynamic_batching": {},
+        "parameters": {"gates": {"string_value": gates}} if gates else {},
     }
 
 

@@ -25,6 +25,7 @@ _CONFIGURATION_EXAMPLE: Final = {
     "input": [{"name": "x", "data_type": "TYPE_FP32", "dims": [1, 8, 8]}],
     "output": [{"name": "class_id", "data_type": "TYPE_INT32", "dims": [1]}],
     "dynamic_batching": {},
+    "parameters": {},
 }
 _REQUEST_EXAMPLE: Final = {
     "id": "42",

@@ -1,0 +1,89 @@
+"""Hands answers over: one to each row, one result to each request, and the record of both to those who count."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from offramp_contract.errors import OfframpError
+from offramp_contract.policy import Reason
+
+from offramp_server.messages import Departure, Observer, Progress, Result, RowAnswer
+from offramp_server.served import Clock, ServedModel
+from offramp_server.shield import tell
+from offramp_server.submission import Listener, Sample, Submission
+
+
+class Outbox:
+    """Keeps a round's answers and hands them over at its end, at once for each listener.
+
+    Args:
+        observer: Is told what became of rows and requests.
+        clock: Gives seconds.
+        on_settled: Called with a model and the number of its rows that were just answered.
+    """
+
+    def __init__(self, observer: Observer, clock: Clock, on_settled: Callable[[ServedModel, int], None]) -> None:
+        self._observer = observer
+        self._clock = clock
+        self._on_settled = on_settled
+        self._events: dict[Listener, list[tuple[Submission, Progress | Result]]] = {}
+        self._departures: list[Departure] = []
+        self._settled: Counter[ServedModel] = Counter()
+        self._owed: dict[Submission, None] = {}
+
+    def owe(self, submission: Submission) -> None:
+        """Remember that a request is to be answered."""
+        self._owed[submission] = None
+
+    def report_progress(self, samples: Sequence[Sample]) -> None:
+        """Tell those who asked for it that rows have reached an exit and go on."""
+        for sample in samples:
+            submission = sample.submission
+            if submission.options.wants_progress:
+                self._post(submission, Progress(sample.row, sample.combined_answer(), sample.depth))
+
+    def leave(self, samples: Sequence[Sample], reason: Reason) -> None:
+        """Answer rows from the last exit each has seen."""
+        for sample in samples:
+            answer = sample.leave(reason)
+            sample.submission.served.profile.observe_row(sample.device_s)
+            self._departures.append(sample.departure(answer))
+            self.settle([sample], answer)
+
+    def settle(self, samples: Sequence[Sample], answer: RowAnswer | OfframpError) -> None:
+        """Give rows their one answer, and the requests whose last row that was their result."""
+        if isinstance(answer, OfframpError):
+            for served, num_rows in Counter(sample.submission.served for sample in samples).items():
+                self._observer.rows_failed(served.name, served.version, answer.code, num_rows)
+        for sample in samples:
+            submission = sample.submission
+            sample.carries = {}
+            is_complete = submission.settle(sample, answer)
+            self._settled[submission.served] += 1
+            if is_complete:
+                del self._owed[submission]
+                now = self._clock()
+                result = submission.result(now)
+                submission.served.tally.count_request(result, submission.outcome())
+                self._post(submission, result)
+                self._observer.request_done(submission.done(now))
+
+    def abandon(self, error: OfframpError) -> None:
+        """Answer everyone who is still owed an answer with an error."""
+        for submission in list(self._owed):
+            self.settle(submission.unanswered, error)
+
+    def flush(self) -> None:
+        """Hand the round's events over, once per listener."""
+        if self._departures:  # counted first: who has an answer finds it in the metrics
+            departures, self._departures = self._departures, []
+            self._observer.rows_left(departures)
+        outgoing, self._events = self._events, {}
+        for listener, events in outgoing.items():
+            tell(listener.deliver, events)
+        if self._settled:
+            settled, self._settled = self._settled, Counter()
+            for served, num_rows in settled.items():
+                self._on_settled(served, num_rows)
+
+    def _post(self, submission: Submission, event: Progress | Result) -> None:
+        self._events.setdefault(submission.listener, []).append((submission, event))
