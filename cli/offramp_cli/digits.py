@@ -7,7 +7,8 @@ from pathlib import Path
 from offramp_contract.errors import OfframpError
 
 from offramp_cli.console import stderr
-from offramp_cli.export import NUM_EXAMPLES, print_stages, step_by_step
+from offramp_cli.export import print_stages, step_by_step
+from offramp_cli.export_source import NUM_EXAMPLES
 from offramp_cli.train import fit, save, training_record
 
 NAME = "digits"

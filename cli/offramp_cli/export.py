@@ -1,28 +1,28 @@
 """`offramp export`: a trained network, or a multi-exit ONNX file, becomes a proved bundle."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from offramp_cli.console import stderr, stdout
 from offramp_cli.errors import CommandError
-from offramp_cli.train import read_policy
+from offramp_cli.explained import print_explanation
+from offramp_cli.export_source import (
+    arrays_of,
+    describe,
+    read_default_policy,
+    read_inputs,
+    read_module,
+    read_proof_inputs,
+)
 
 if TYPE_CHECKING:
     from offramp_contract.manifest import Manifest
-    from offramp_exporter.examples import ExampleInputs
-    from offramp_exporter.exits import ExitNames
-    from offramp_models.data import ImageDataSet
-    from offramp_models.networks import NetworkPlan
-    from torch import nn
-
-NUM_EXAMPLES = 16
 
 
 def export(
@@ -30,7 +30,7 @@ def export(
         str, typer.Argument(help="package.module:factory, one of `offramp models`, or a multi-exit model.onnx.")
     ],
     *,
-    out: Annotated[Path, typer.Option(help="The bundle's folder; it must not exist yet.")],
+    out: Annotated[Path | None, typer.Option(help="The bundle's folder; it must not exist yet.")] = None,
     weights: Annotated[Path | None, typer.Option(help="A state_dict that torch.save wrote.")] = None,
     example: Annotated[
         list[str] | None,
@@ -39,8 +39,16 @@ def export(
     exits: Annotated[
         str | None,
         typer.Option(
-            help="Which returned tensors (or tensors of the ONNX file) are exits, in order of depth: a,b,c; "
-            "early=a,late=b also names them. Unset: every float tensor of shape (batch, classes)."
+            help="Which returned tensors (or tensors of the ONNX file) are exits, in order of depth: out[0],out[1]; "
+            "early=out[0],late=out[1] also names them; out.logits[:], out[:][0], stack(out, dim=1), self.early.scores, "
+            "log(out[1]) for probabilities, final-first. Unset: every float tensor of shape (batch, classes)."
+        ),
+    ] = None,
+    gates: Annotated[
+        str | None,
+        typer.Option(
+            help="Which returned tensors are decisions of gates, 0 or 1 for each row, written as exits are: out[1]. "
+            "Those that the gate operator makes are found without it."
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in the server; unset: after the class.")] = None,
@@ -68,36 +76,71 @@ def export(
             "the network was built and with which policy it is to serve."
         ),
     ] = None,
+    proof_inputs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Real inputs to prove the bundle on: an .npy file, or an .npz with an array per input; unset: the "
+            "data set's calibration images."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print what is understood of the network, and write nothing.")
+    ] = False,
 ) -> None:
     """Cut a network into stages, prove that they equal it, and write the bundle; or write nothing and say why."""
+    from offramp_exporter import explain as explain_module
+    from offramp_exporter import explain_onnx, export_onnx
     from offramp_exporter import export as export_module
-    from offramp_exporter import export_onnx
+    from offramp_exporter.exit_paths import parse_exits
 
-    described = _description(data, data_dir, labels, preprocessing, training)
-    inputs = _inputs(example or [], described.data)
+    described = describe(data, data_dir, labels, preprocessing, training)
+    inputs = read_inputs(example or [], described.data)
+    wanted = None if exits is None else parse_exits(exits)
+    decided = None if gates is None else parse_exits(gates)
+    default_policy = read_default_policy(policy, described.training)
+    is_file = target.endswith(".onnx")
+    if is_file and wanted is None:
+        raise CommandError("an ONNX file needs --exits: the names of the tensors that hold the exits' logits")
+    if is_file and gates is not None:
+        raise CommandError("an ONNX file has no gates that could be named; leave --gates out")
+    if is_file and weights is not None:
+        raise CommandError("an ONNX file holds its own weights; leave --weights out")
+    if inputs is None and not is_file:
+        raise CommandError("a network needs --example, the shape of one row such as 3x32x32, or --data")
+    if not explain and out is None:
+        raise CommandError("name the bundle's folder with --out, or ask for --explain, which writes nothing")
+    example_inputs = {} if inputs is None else inputs
+    if explain or out is None:
+        understood: dict[str, Any] = {"exits": wanted, "default_policy": default_policy}
+        if is_file:
+            print_explanation(explain_onnx(target, example_inputs=arrays_of(inputs), **understood))
+        else:
+            module = read_module(target, weights, described)
+            understood |= {"gates": decided, "labels": described.labels}
+            print_explanation(explain_module(module, example_inputs, **understood))
+        return
+    proof = read_proof_inputs(proof_inputs, described.data)
     options: dict[str, Any] = {
+        "exits": wanted,
         "name": name,
         "labels": described.labels,
         "preprocessing": described.preprocessing,
         "tokenizer": tokenizer,
-        "default_policy": _default_policy(policy, described.training),
+        "default_policy": default_policy,
         "training": described.training,
         "overwrite": overwrite,
     }
-    wanted = None if exits is None else _exit_names(exits)
     with step_by_step() as step:
-        if target.endswith(".onnx"):
-            if wanted is None:
-                raise CommandError("an ONNX file needs --exits: the names of the tensors that hold the exits' logits")
-            arrays = _arrays(inputs)
-            bundle = export_onnx(target, wanted, out, example_inputs=arrays, progress=step, **options)
+        if is_file:
+            arrays = arrays_of(inputs)
+            bundle = export_onnx(target, out=out, example_inputs=arrays, proof_inputs=proof, progress=step, **options)
         else:
-            if inputs is None:
-                raise CommandError("a network needs --example, the shape of one row such as 3x32x32, or --data")
-            module = _module(target, weights, described)
-            bundle = export_module(module, inputs, out, exits=wanted, progress=step, **options)
+            module = read_module(target, weights, described)
+            options |= {"gates": decided, "progress": step}
+            bundle = export_module(module, example_inputs, out, proof_inputs=proof, **options)
     print_stages(bundle.manifest)
+    print_proof(bundle.manifest)
     stdout.print(f"\nbundle: {out}   serve it:  offramp serve {out}", soft_wrap=True, highlight=False)
 
 
@@ -110,8 +153,8 @@ def step_by_step() -> Iterator[Any]:
         def step(sentence: str) -> None:
             if under_way:
                 stderr.print(f"[green]✓[/] {under_way.pop()}", highlight=False)
-            under_way.append(sentence)
-            status.update(sentence)
+            under_way.append(escape(sentence))  # it may quote code, whose brackets are no markup
+            status.update(under_way[-1])
 
         yield step
         if under_way:
@@ -121,151 +164,38 @@ def step_by_step() -> Iterator[Any]:
 def print_stages(manifest: "Manifest") -> None:
     """Print what the bundle's stages cost and what crosses their boundaries."""
     table = Table("stage", "exit", box=None, pad_edge=False)
+    if manifest.gates:
+        table.add_column("behind gates")
+        table.add_column("scores")
     table.add_column("FLOPs", justify="right")
     table.add_column("depth", justify="right")
     table.add_column("emits")
     table.add_column("carried per row", justify="right")
     depths = manifest.exit_depths
-    for stage in manifest.stages:
+    for stage, scored in zip(manifest.stages, manifest.scored_gates, strict=True):
         exit_name = "" if stage.exit is None else manifest.exits[stage.exit].name
         depth = "" if stage.exit is None else f"{depths[stage.exit]:.1%}"
         carried = f"{stage.carry_bytes:,} bytes" if stage.carry_bytes else ""
-        table.add_row(stage.name, exit_name, f"{stage.flops:,}", depth, ", ".join(stage.outputs), carried)
+        gates = [", ".join(manifest.gates[gate].name for gate in kind) for kind in (stage.gates, scored)]
+        cells = (*(gates if manifest.gates else ()), f"{stage.flops:,}", depth, ", ".join(stage.outputs), carried)
+        table.add_row(stage.name, exit_name, *map(escape, cells))
     stdout.print(table)
+    routes = ", for all patterns of its gates that were tried" if manifest.gates else ""
     stdout.print(
         f"\n{manifest.name} {manifest.model_digest[:12]}: {len(manifest.exits)} exits equal the network's on every "
-        "batch size tried, within 1e-4 + 1e-4·|logit|",
+        f"batch size tried{routes}, within 1e-4 + 1e-4·|logit|",
         soft_wrap=True,
         highlight=False,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Described:
-    data: "ImageDataSet | None"
-    labels: Sequence[str] | None
-    preprocessing: Any
-    training: Mapping[str, Any] | None
-
-
-def _description(
-    data: str | None, data_dir: Path | None, labels: Path | None, preprocessing: Path | None, training: Path | None
-) -> _Described:
-    record = None if training is None else _json_object(training)
-    images = None if data is None else _data_set(data, data_dir, record or {})
-    return _Described(
-        images,
-        _lines(labels) if labels is not None else images.label_names if images is not None else None,
-        _preprocessing(preprocessing) if preprocessing is not None else images.preprocessing if images else None,
-        record,
-    )
-
-
-def _data_set(name: str, data_dir: Path | None, record: Mapping[str, Any]) -> "ImageDataSet":
-    """Load a data set, in the splits of the training if there was one."""
-    from offramp_models import load_data
-
-    if record.get("data", name) != name:
-        raise CommandError(f"--data is {name}, but the network was trained on {record['data']}")
-    settings = record.get("settings")
-    seed = settings.get("seed", 0) if isinstance(settings, dict) else 0
-    try:
-        return load_data(name, seed if isinstance(seed, int) and seed >= 0 else 0, data_dir)
-    except ValueError as error:
-        raise CommandError(str(error)) from None
-
-
-def _module(target: str, weights: Path | None, described: _Described) -> "nn.Module":
-    """Give the network to export: one of ours, as its record and data say it was built, or one of the user's."""
-    from offramp_exporter import load_module, load_weights
-    from offramp_models.networks import NETWORKS
-
-    if target not in NETWORKS:
-        return load_module(target, weights)
-    try:
-        module = _plan(target, described).build()
-    except ValueError as error:
-        raise CommandError(str(error)) from None
-    if weights is not None:
-        load_weights(module, weights)
-    return module.eval()
-
-
-def _plan(network: str, described: _Described) -> "NetworkPlan":
-    from offramp_models.networks import NetworkPlan, plan_network
-
-    plan = NetworkPlan.from_record(described.training or {})
-    if plan is not None and plan.network != network:
-        raise CommandError(f"the record is that of a {plan.network}; export that, not {network}")
-    if plan is not None:
-        return plan
-    if described.data is None:
-        return plan_network(network)
-    shape, num_classes = described.data.input_shape, len(described.data.label_names)
-    return plan_network(network, input_shape=shape, num_classes=num_classes)
-
-
-def _inputs(examples: Sequence[str], data: "ImageDataSet | None") -> "ExampleInputs | None":
-    import torch
-    from offramp_exporter import parse_example
-
-    if examples:
-        return parse_example(",".join(examples))
-    return None if data is None else torch.from_numpy(data.inputs(data.calibration)[:NUM_EXAMPLES])
-
-
-def _arrays(inputs: "ExampleInputs | None") -> dict[str, Any] | None:
-    if inputs is None:
-        return None
-    if not isinstance(inputs, Mapping):
-        raise CommandError("an ONNX file's inputs have names: write --example NAME=3x32x32")
-    return {name: tensor.numpy() for name, tensor in inputs.items()}
-
-
-def _exit_names(text: str) -> "ExitNames":
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts:
-        raise CommandError("--exits names nothing; write the exits with commas between")
-    named = [part.partition("=") for part in parts]
-    if all(equals for _, equals, _ in named):
-        return {name: path for name, _, path in named}
-    return parts
-
-
-def _default_policy(asked: str | None, record: Mapping[str, Any] | None) -> Any:
-    """Give the policy that is asked for, else the one that the training's record holds, else None."""
-    from offramp_contract.policy_spec import parse_policy
-
-    if asked is not None:
-        return parse_policy(read_policy(asked))
-    recorded = (record or {}).get("policy")
-    return None if recorded is None else parse_policy(recorded)
-
-
-def _preprocessing(path: Path) -> Any:
-    from offramp_contract.manifest import Preprocessing
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(Preprocessing).validate_python(_json_object(path))
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise CommandError(f"{path}, {where or 'preprocessing'}: {problem['msg']}") from None
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        written = json.loads(path.read_text())
-    except ValueError:
-        raise CommandError(f"{path} is not JSON") from None
-    if not isinstance(written, dict):
-        raise CommandError(f"{path} is not a JSON object")
-    return written
-
-
-def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise CommandError(f"{path} holds no labels")
-    return lines
+def print_proof(manifest: "Manifest") -> None:
+    """Print on how many inputs a bundle was proved, and what none of them did."""
+    proof = manifest.provenance.proof
+    if proof is None:
+        return
+    is_seen = manifest.native is not None and not proof.unreached
+    seen = ", which together take every exit and get every answer" if is_seen else ""
+    stdout.print(f"and on {proof.num_inputs} varied inputs{seen}", soft_wrap=True, highlight=False)
+    for sentence in proof.unreached:
+        stdout.print(f"not proved: {escape(sentence)}", soft_wrap=True, highlight=False)

@@ -25,7 +25,8 @@ class Crossing:
     Attributes:
         value: Its name in the program.
         tensor: The form in which it crosses.
-        shape: Its shape in the program, with exactly one axis that grows with the batch.
+        shape: Its shape in the program, with exactly one axis that grows with the batch; or none in a network that
+            takes one row at a time.
     """
 
     value: str
@@ -35,7 +36,7 @@ class Crossing:
     @property
     def is_as_promised(self) -> bool:
         """Whether the value crosses as it is."""
-        return self.shape[0] == Rows()
+        return self.shape[:1] == (Rows(),)
 
     @property
     def info(self) -> ValueInfoProto:
@@ -46,6 +47,8 @@ class Crossing:
 
     def store(self) -> list[NodeProto]:
         """Make the nodes that bring the value into the promised form."""
+        if not self._has_rows:
+            return [helper.make_node("Reshape", [self.value, f"{self.value}.unfolded_shape"], [self.tensor.name])]
         unfolded, front = f"{self.value}.unfolded", self.tensor.name
         to_front = [self._batch_axis, *(axis for axis in range(len(self._unfolded)) if axis != self._batch_axis)]
         return [
@@ -55,6 +58,8 @@ class Crossing:
 
     def restore(self) -> list[NodeProto]:
         """Make the nodes that bring it back."""
+        if not self._has_rows:
+            return [helper.make_node("Reshape", [self.tensor.name, f"{self.value}.folded_shape"], [self.value])]
         unfolded, front = f"{self.value}.unfolded", self.tensor.name
         others = list(range(1, len(self._unfolded)))
         to_place = [*others[: self._batch_axis], 0, *others[self._batch_axis :]]
@@ -67,9 +72,14 @@ class Crossing:
         """Make the shapes that `store` and `restore` read."""
         folded = [-1 if isinstance(dim, Rows) else dim or 0 for dim in self.shape]
         return [
-            int64_constant(f"{self.value}.unfolded_shape", self._unfolded),
+            int64_constant(f"{self.value}.unfolded_shape", self._unfolded if self._has_rows else [1, *folded]),
             int64_constant(f"{self.value}.folded_shape", folded),
         ]
+
+    @property
+    def _has_rows(self) -> bool:
+        """Whether the value has an axis for the batch; where it has none, its network takes one row at a time."""
+        return any(isinstance(dim, Rows) for dim in self.shape)
 
     @property
     def _batch_axis(self) -> int:
@@ -118,6 +128,8 @@ def _crossing(program: Program, value: str, name: str) -> Crossing:
             f"tensor {value!r} crosses a stage boundary, but its shape {known}; sizes must not depend on data"
         )
     batch_axes = [axis for axis, dim in enumerate(shape) if isinstance(dim, Rows)]
+    if not batch_axes and program.is_one_row and (dtype := DTYPE_NAMES.get(program.dtypes.get(value, 0))):
+        return Crossing(value, Tensor(name=name, dtype=dtype, shape=_ints(shape)), shape)
     if len(batch_axes) != 1:
         raise SplitError(
             f"tensor {value!r} of shape {spell(shape)} crosses a stage boundary, but "

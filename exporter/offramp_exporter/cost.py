@@ -6,7 +6,7 @@ network's cost and one per output element for the rest; moving data costs nothin
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from offramp_contract.errors import SplitError
 from onnx import NodeProto
@@ -15,7 +15,7 @@ from offramp_exporter.boundary import Crossing
 from offramp_exporter.program import Program
 from offramp_exporter.sizes import attribute
 from offramp_exporter.split import StagePlan
-from offramp_exporter.values import sizes_of_row
+from offramp_exporter.values import Shape, sizes_of_row
 
 Sizes = tuple[int, ...] | None
 FlopRule = Callable[[NodeProto, Sequence[Sizes], Sequence[Sizes]], int]
@@ -48,12 +48,20 @@ _PER_INPUT_ELEMENT: Final = {
 }
 
 
+class Shaped(Protocol):
+    """What knows the shapes of its values; `Program` is one."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Each value's shape, where it is known."""
+
+
 def stage_flops(program: Program, plan: StagePlan) -> int:
     """Count a stage's floating-point operations for one row, the decision statistics excepted."""
     return sum(node_flops(program, program.nodes[i]) for i in plan.nodes)
 
 
-def node_flops(program: Program, node: NodeProto) -> int:
+def node_flops(program: Shaped, node: NodeProto) -> int:
     """Count one node's floating-point operations for one row.
 
     Raises:
@@ -74,13 +82,19 @@ def node_flops(program: Program, node: NodeProto) -> int:
 
 def carry_bytes(plans: Sequence[StagePlan], crossing: Mapping[str, Crossing], stage: int) -> int:
     """Count the bytes that one row keeps alive across the boundary behind a stage."""
-    available = {name for plan in plans[: stage + 1] for name in (*plan.reads, *plan.emits)}
-    later = {name for plan in plans[stage + 1 :] for name in plan.reads}
-    inputs = set(crossing) - {name for plan in plans for name in plan.emits}
-    return sum(crossing[name].tensor.row_bytes for name in later & (available | inputs))
+    return sum(crossing[name].tensor.row_bytes for name in carried(plans, crossing, stage))
 
 
-def _sizes(program: Program, name: str) -> Sizes:
+def carried(plans: Sequence[StagePlan], crossing: Mapping[str, Crossing], stage: int) -> list[str]:
+    """Name what one row keeps alive across the boundary behind a stage, in the order in which it is next read."""
+    not_yet = {name for plan in plans[stage + 1 :] for name in plan.emits}
+    later = dict.fromkeys(
+        name for plan in plans[stage + 1 :] for name in (*plan.reads, *(one.skip for one in plan.merges))
+    )
+    return [name for name in later if name not in not_yet and name in crossing]
+
+
+def _sizes(program: Shaped, name: str) -> Sizes:
     shape = program.shapes.get(name)
     return None if shape is None else sizes_of_row(shape)
 

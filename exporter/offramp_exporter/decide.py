@@ -62,26 +62,32 @@ decision (float[batch, classes] logits, float temperature) => (float[batch, widt
   decision = Concat <axis = 1> (log_odds, entropy, margin, top_probability, top_class_number)
 }
 """
+_PREFIX = "offramp."
+"""Of the rule's own names in every stage graph: a short one, because it is written some 150 times."""
+
 # NaN: comparisons with it are false, so every `Where` above lets it through, and any NaN logit reaches `sum_others`.
 
 
-def add_decision(model: ModelProto, exit_: Exit) -> None:
+def add_decision(model: ModelProto, exit_: Exit, native: str | None = None) -> None:
     """Extend a stage graph by the output `exit_.decision` and the scalar input `exit_.temperature`, in place.
 
     Args:
         model: A stage graph with the output `exit_.logits`, float32 (B, C).
         exit_: The exit, whose names are used.
+        native: The graph's value that holds the score of the network's own rule, float32 (B, 1); a last column.
     """
     rule = parser.parse_graph(_RULE)
     public = {"logits": exit_.logits, "temperature": exit_.temperature, "decision": exit_.decision}
     for node in rule.node:
         for names in (node.input, node.output):
-            names[:] = [public.get(name, f"{exit_.decision}.{name}") for name in names]
+            names[:] = [public.get(name, f"{_PREFIX}{name}") for name in names]
+    if native is not None:
+        rule.node[-1].input.append(native)
     graph = model.graph
     graph.node.extend(rule.node)
     graph.initializer.extend(_constants(exit_))
     graph.input.append(helper.make_tensor_value_info(exit_.temperature, TensorProto.FLOAT, []))
-    width = decision_width(exit_.num_classes)
+    width = decision_width(exit_.num_classes, native is not None)
     graph.output.append(helper.make_tensor_value_info(exit_.decision, TensorProto.FLOAT, ["batch", width]))
 
 
@@ -98,4 +104,4 @@ def _constants(exit_: Exit) -> list[TensorProto]:
         "lowest": np.array(np.finfo(np.float32).min, dtype=np.float32),
         "log_classes": np.array(math.log(exit_.num_classes), dtype=np.float32),
     }
-    return [numpy_helper.from_array(value, f"{exit_.decision}.{name}") for name, value in values.items()]
+    return [numpy_helper.from_array(value, f"{_PREFIX}{name}") for name, value in values.items()]

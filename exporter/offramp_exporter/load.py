@@ -1,7 +1,6 @@
 """What a command line names: a module factory, and the weights that belong to it."""
 
 import importlib
-import pickle
 import sys
 from pathlib import Path
 
@@ -75,13 +74,13 @@ def load_weights(module: nn.Module, weights: Path) -> None:
         raise TraceError(f"weights: {str(weights)!r} is no file")
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a broken file fails anywhere in torch's reader
         raise TraceError(
             f"weights: {weights.name!r} holds no plain state_dict; save it with torch.save(net.state_dict(), path)"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise TraceError(f"weights: {weights.name!r} holds a {type(state).__name__}, no state_dict")
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)

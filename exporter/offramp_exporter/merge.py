@@ -14,7 +14,7 @@ import numpy as np
 from offramp_contract.calibration import Calibration
 from offramp_contract.errors import ExportError, ManifestError
 from offramp_contract.files import MAX_FILE_BYTES
-from offramp_contract.manifest import MANIFEST_FILE, Manifest, Provenance, Stage, Tensor
+from offramp_contract.manifest import MANIFEST_FILE, Manifest, Predicate, Provenance, Stage, Tensor
 from offramp_contract.policy_spec import without_exits as policy_without_exits
 from offramp_contract.statistics import FloatArray
 from offramp_runtime import Bundle, Device, StageExecutor, open_bundle, open_device, run_all_exits
@@ -24,8 +24,9 @@ from offramp_exporter.boundary import crossings
 from offramp_exporter.examples import Examples
 from offramp_exporter.publish import published
 from offramp_exporter.rejoin import rejoin
+from offramp_exporter.shared import share
 from offramp_exporter.split import split
-from offramp_exporter.verify import prove_parity, prove_structure
+from offramp_exporter.verify import load, prove_parity, prove_structure
 from offramp_exporter.write import write_stages
 
 DROPPED: Final = "dropped_exits"
@@ -92,20 +93,26 @@ def without_exits(bundle: Bundle, drop: Collection[int]) -> Bundle:
     exits = [exit_.model_copy(update={"stage": index}) for index, exit_ in enumerate(kept)]
     stages: list[Stage] = []
     held: dict[str, bytes] = {}
-    for stage, graph in write_stages(program, plans, crossing, exits):
+    sharing = share(program, plans)
+    for stage, graph in write_stages(program, plans, crossing, exits, sharing):
         name = old.stages[kept[len(stages)].stage].name
         stages.append(stage.model_copy(update={"name": name}))
         held[stage.graph.path] = graph
+    shared_weights = sharing.described()
+    if shared_weights is not None:
+        held[shared_weights.file.path] = sharing.content
     changed = {
         "carries": tuple(one.tensor for name, one in crossing.items() if name not in program.inputs),
         "stages": tuple(stages),
         "exits": tuple(exits),
-        "default_policy": policy_without_exits(old.default_policy, drop, len(old.exits)),
+        "shared_weights": shared_weights,
+        "predicates": _predicates(old, drop),
+        "default_policy": policy_without_exits(old.default_policy, drop, len(old.exits), old.native),
         "provenance": _provenance(old, drop),
     }
-    manifest = Manifest.model_validate(dict(old) | changed)
-    graphs = set(held)
-    held |= {file.path: bundle.read(file) for file in manifest.files if file.path not in graphs}
+    manifest = Manifest.model_validate({name: getattr(old, name) for name in Manifest.model_fields} | changed)
+    written = set(held)
+    held |= {file.path: bundle.read(file) for file in manifest.files if file.path not in written}
     return Bundle(manifest, Calibration.bare(manifest), _Held(old.name, held))
 
 
@@ -130,7 +137,7 @@ def prove_merge(
 
     manifest = bundle.manifest
     batches = BatchRange(manifest.min_batch, manifest.max_batch).proved
-    prove_parity(merged, device, before, _examples(manifest, examples), batches)
+    prove_parity(load(merged, device), before, _examples(manifest, examples), batches)
 
 
 @dataclass(slots=True)
@@ -161,6 +168,17 @@ def _check_drop(manifest: Manifest, drop: Collection[int]) -> None:
         raise ExportError(
             f"drop: name at least one of the exits 0 to {final - 1}; the final exit {final} stays; got {list(drop)}"
         )
+
+
+def _predicates(manifest: Manifest, drop: Collection[int]) -> tuple[Predicate, ...]:
+    """Forget what was answered on the way to the exits that are gone."""
+    gone = {manifest.exits[index].name for index in drop}
+    return tuple(
+        predicate.model_copy(
+            update={"answers": {name: answer for name, answer in predicate.answers.items() if name not in gone}}
+        )
+        for predicate in manifest.predicates
+    )
 
 
 def _provenance(manifest: Manifest, drop: Collection[int]) -> Provenance:

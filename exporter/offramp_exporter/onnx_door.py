@@ -12,7 +12,7 @@ from offramp_runtime import Device
 from onnx import ModelProto, TensorProto, ValueInfoProto, checker, helper
 
 from offramp_exporter.batch_range import Reference
-from offramp_exporter.examples import Examples
+from offramp_exporter.examples import Examples, require_row_size
 from offramp_exporter.exits import ExitNames
 from offramp_exporter.program import Program, inputs_of, program_of_model
 from offramp_exporter.values import DTYPE_NAMES
@@ -91,9 +91,10 @@ def whole_graph_reference(model: ModelProto, exits: Sequence[str], device: Devic
 
 def _example(value: ValueInfoProto) -> np.ndarray:
     dtype = np.dtype(DTYPE_NAMES.get(value.type.tensor_type.elem_type, "float32"))
-    shape = (2, *(dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]))
+    row = [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]]
+    require_row_size(f"input {value.name!r}", row)
     # Row 0 of zeros and row 1 of ones: random inputs like it have the spread of one, and integers are 0 or 1.
-    example = np.zeros(shape, dtype)
+    example = np.zeros((2, *row), dtype)
     example[1:] = 1
     return example
 

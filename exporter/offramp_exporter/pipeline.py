@@ -10,21 +10,28 @@ from typing import Any
 
 import numpy as np
 from offramp_contract.manifest import Preprocessing, Provenance
-from offramp_contract.policy_spec import ConfidenceSpec, PolicySpec
+from offramp_contract.policy_spec import ConfidenceSpec, NativeSpec, PolicySpec
 from offramp_contract.statistics import FloatArray
 from offramp_runtime import Bundle, Device, open_bundle, open_device
 from torch import nn
 
 from offramp_exporter.batch_range import Reference, find_batch_range
-from offramp_exporter.examples import ExampleInputs, Examples
+from offramp_exporter.examples import ExampleInputs, Examples, read_examples
 from offramp_exporter.exits import ExitNames
+from offramp_exporter.gate_proof import prove_gates, prove_spared
+from offramp_exporter.given import read_given
+from offramp_exporter.interpret import Interpreter
+from offramp_exporter.native_proof import Own
 from offramp_exporter.onnx_door import program_of_file, read_onnx, whole_graph_reference
 from offramp_exporter.program import Program
 from offramp_exporter.publish import published
+from offramp_exporter.row_independence import prove_rows_independent
+from offramp_exporter.specialize import specialize
 from offramp_exporter.split import split
 from offramp_exporter.trace import evaluating, trace
-from offramp_exporter.verify import prove_parity, prove_structure
-from offramp_exporter.write import Description, write_bundle
+from offramp_exporter.varied import prove_varied
+from offramp_exporter.verify import load, prove_parity, prove_structure
+from offramp_exporter.write import Description, record_proof, write_bundle
 
 Progress = Callable[[str], None]
 
@@ -35,12 +42,14 @@ def export(
     out: str | Path,
     *,
     exits: ExitNames | None = None,
+    gates: ExitNames | None = None,
     name: str | None = None,
     labels: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
     tokenizer: str | Path | None = None,
     default_policy: PolicySpec | None = None,
     training: Mapping[str, Any] | None = None,
+    proof_inputs: ExampleInputs | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -51,14 +60,18 @@ def export(
             `StagedModule`, or a module with `stages` and `exit_heads`.
         example_inputs: What it takes, the batch on axis 0: a tensor, tensors in order, or tensors by parameter name.
         out: The bundle's folder, which must not exist yet.
-        exits: Which returned tensors are exits, by path (`[0]`, `['early']`, `.logits[:]`), in order of depth; a
-            mapping also names them. None takes every float tensor of shape (batch, classes).
+        exits: Which returned tensors are exits, in order of depth, by path: `out[0]`, `out['early']`, `out.logits[:]`,
+            `out[:][1]`, `self.early.scores`, `stack(out, dim=1)`, `log(out[1])`; a mapping also names them; and
+            `final-first` says that the deepest comes first. None takes every float tensor of shape (batch, classes).
+        gates: Which returned tensors are decisions of gates, 0 or 1 for each row, written as exits are; those that
+            `offramp_models.gates.gate` makes are found without a word.
         name: The model's name in the server; None makes one of the class.
         labels: A name per class.
         preprocessing: How images or texts become inputs.
         tokenizer: The `tokenizer.json` that a text preprocessing uses; it is copied in.
         default_policy: The policy of requests that name none.
         training: What to remember of the training; JSON values.
+        proof_inputs: Real inputs, as many as there are, to prove the bundle on; calibration data for one.
         overwrite: Replace a bundle that is there.
         progress: Called with a sentence per step.
 
@@ -69,16 +82,19 @@ def export(
         TraceError: If the network cannot be traced, with the line and what to do.
         SplitError: If it cannot be cut into stages, naming the node or tensor.
         ParityError: If staged execution does not equal the network, naming the tensor.
-        ExportError: If `out` exists, or the description does not fit the network.
+        ExportError: If `out` exists, or the description or the proof inputs do not fit the network.
     """
     report = progress or _silent
+    given = None if proof_inputs is None else read_given(proof_inputs, read_examples(module, example_inputs))
     with evaluating(module), published(Path(out), overwrite) as folder:
         report(f"tracing {type(module).__name__}")
-        traced = trace(module, example_inputs, exits, None if labels is None else len(labels))
-        found = ", ".join(f"{exit_} = out{path}" for exit_, path in traced.paths.items())
+        traced = trace(module, example_inputs, exits, None if labels is None else len(labels), gates)
+        found = ", ".join(f"{exit_} = {path}" for exit_, path in traced.paths.items())
         report(
             f"found {len(traced.paths)} exit{'s' if len(traced.paths) > 1 else ', so no row can leave early'}: {found}"
         )
+        for note in traced.notes:
+            report(note)
         provenance = Provenance(
             source=f"{type(module).__module__}.{type(module).__qualname__}",
             parameters=sum(parameter.numel() for parameter in module.parameters()),
@@ -92,7 +108,9 @@ def export(
             labels,
             preprocessing,
             None if tokenizer is None else Path(tokenizer),
-            default_policy or ConfidenceSpec(),
+            default_policy or (ConfidenceSpec() if traced.returns is None else NativeSpec()),
+            rules={} if traced.returns is None else traced.returns.rules,
+            predicates=traced.predicates,
         )
 
         def network(inputs: Examples) -> list[FloatArray]:
@@ -100,7 +118,15 @@ def export(
 
         device = open_device("cpu")
         _write_and_prove(
-            folder, traced.program, network, traced.examples, device=device, description=description, report=report
+            folder,
+            traced.program,
+            network,
+            traced.examples,
+            given=given,
+            own=traced.returns,
+            device=device,
+            description=description,
+            report=report,
         )
     return open_bundle(Path(out))
 
@@ -117,6 +143,7 @@ def export_onnx(
     tokenizer: str | Path | None = None,
     default_policy: PolicySpec | None = None,
     training: Mapping[str, Any] | None = None,
+    proof_inputs: ExampleInputs | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -134,6 +161,7 @@ def export_onnx(
         tokenizer: The `tokenizer.json` that a text preprocessing uses.
         default_policy: The policy of requests that name none.
         training: What to remember of the training; JSON values.
+        proof_inputs: Real inputs, by name or in order, as many as there are, to prove the bundle on.
         overwrite: Replace a bundle that is there.
         progress: Called with a sentence per step.
 
@@ -144,7 +172,7 @@ def export_onnx(
         TraceError: If the file or an exit's name is no good, with what to do.
         SplitError: If it cannot be cut into stages, naming the node or tensor.
         ParityError: If staged execution does not equal the whole graph, naming the tensor.
-        ExportError: If `out` exists, or the description does not fit the network.
+        ExportError: If `out` exists, or the description or the proof inputs do not fit the network.
     """
     path, report = Path(path), progress or _silent
     with published(Path(out), overwrite) as folder:
@@ -167,7 +195,10 @@ def export_onnx(
         )
         device = open_device("cpu")
         network = whole_graph_reference(whole, list(program.exits.values()), device)
-        _write_and_prove(folder, program, network, examples, device=device, description=description, report=report)
+        given = None if proof_inputs is None else read_given(proof_inputs, examples)
+        _write_and_prove(
+            folder, program, network, examples, given=given, device=device, description=description, report=report
+        )
     return open_bundle(Path(out))
 
 
@@ -180,14 +211,31 @@ def _write_and_prove(
     device: Device,
     description: Description,
     report: Progress,
+    given: Examples | None = None,
+    own: Own | None = None,
 ) -> None:
     report(f"cutting {len(program.nodes)} nodes into {len(program.exits)} stages")
-    plans = split(program)
-    prove_structure(program, plans)
+    specialized = specialize(program)
+    if specialized.gating is not None:
+        names = [gate.name for gate in specialized.gating.gates]
+        report(f"found {len(names)} gate{'s' if len(names) != 1 else ''}: {', '.join(names)}")
+    plans = split(specialized)
+    prove_structure(specialized, plans)
+    prove_spared(program, specialized, plans)
     batches = find_batch_range(network, examples)
-    write_bundle(folder, program, plans, description, batches)
+    prove_rows_independent(network, program, examples, batches)
+    manifest = write_bundle(folder, specialized, plans, description, batches)
     report(f"proving parity at batch {', '.join(map(str, batches.proved))}")
-    prove_parity(open_bundle(folder), device, network, examples, batches.proved)
+    executor = load(open_bundle(folder), device)
+    if program.marks:
+        interpreter = Interpreter(program, device)
+        num_flips = prove_gates(executor, interpreter, network, examples, batches.proved)
+        if num_flips:
+            report(f"{num_flips} rows lie within rounding of a gate's threshold and are decided otherwise")
+    else:
+        prove_parity(executor, network, examples, batches.proved)
+    proof = prove_varied(executor, network, examples, given=given, own=own, batch=batches.proved[-1], report=report)
+    record_proof(folder, manifest, proof)
 
 
 def _model_name(text: str) -> str:

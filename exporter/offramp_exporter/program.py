@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 import onnx
@@ -24,8 +25,10 @@ from onnx import (
     version_converter,
 )
 
+from offramp_exporter.gates import DOMAIN, GateMark, Gating, marks_of
 from offramp_exporter.repair import without_idle_squeezes
 from offramp_exporter.sizes import replace_shape_reads
+from offramp_exporter.stacks import Unstacking
 from offramp_exporter.values import DTYPE_NAMES, TYPES, Dim, Rows, Shape, spell
 
 MIN_OPSET: Final = 18
@@ -54,6 +57,12 @@ class Program:
         opset: Version of the standard operator set.
         opset_imports: All operator sets that the nodes use.
         ir_version: Of the ONNX format.
+        is_one_row: Whether it is written for batches of one row only; what starts with an axis of 1 then starts with
+            the batch.
+        natives: The value that holds the score of the network's own rule for leaving at an exit, float32 (batch, 1), by
+            the exit's name, where it has such rules.
+        marks: The gates whose decisions an exit depends on, before specialisation.
+        gating: What the nodes have to do with the gates, after it; None in a program without gates.
         producer: Index of the node that makes each value.
     """
 
@@ -66,6 +75,10 @@ class Program:
     opset: int
     opset_imports: tuple[onnx.OperatorSetIdProto, ...]
     ir_version: int
+    is_one_row: bool = False
+    natives: Mapping[str, str] = field(default_factory=dict)
+    marks: tuple[GateMark, ...] = ()
+    gating: Gating | None = None
     producer: Mapping[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,36 +86,49 @@ class Program:
         object.__setattr__(self, "producer", producer)
 
 
-def program_of_model(model: ModelProto, exits: Mapping[str, str]) -> Program:
+def program_of_model(
+    model: ModelProto,
+    exits: Mapping[str, str],
+    *,
+    is_one_row: bool = False,
+    natives: Mapping[str, str] = MappingProxyType({}),
+) -> Program:
     """Make a program of an ONNX model.
 
     Args:
         model: Its inputs have a symbolic batch on axis 0 and no other symbolic dimension. Not changed.
         exits: The tensor that holds each exit's scores, by the exit's name, in order.
+        is_one_row: Whether its batch is 1 throughout, instead of symbolic.
+        natives: The tensor that holds the native score, where the network has exit rules of its own.
 
     Raises:
         TraceError: If an input has no symbolic batch, or an exit names no tensor.
     """
     model = _plain(model)
     inputs = inputs_of(model)
-    symbols = {_batch_symbol(value) for value in inputs}
-    shapes, dtypes = _infer(model, symbols)
+    symbols = set() if is_one_row else {_batch_symbol(value) for value in inputs}
+    shapes, dtypes = _infer(model, symbols, (1,) if is_one_row else PROBE_BATCHES)
     _check_exits(exits, shapes, model.graph.node)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes, axes = without_idle_squeezes(model.graph.node, shapes, initializers)
-    nodes, sizes = replace_shape_reads(nodes, shapes)
-    initializers |= {tensor.name: tensor for tensor in (*axes, *sizes)}
+    unstacking = Unstacking(shapes, dtypes, initializers)
+    nodes, sizes = replace_shape_reads(unstacking.rewrite(nodes), shapes)
+    initializers |= {tensor.name: tensor for tensor in (*axes, *unstacking.constants, *sizes)}
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    live = live_nodes(nodes, (*exits.values(), *natives.values()))
     return Program(
-        nodes=tuple(live_nodes(nodes, exits.values())),
+        nodes=tuple(live),
         initializers=initializers,
         inputs=tuple(value.name for value in inputs),
         exits=dict(exits),
         shapes=shapes,
         dtypes=dtypes,
         opset=opset,
-        opset_imports=tuple(model.opset_import),
+        opset_imports=tuple(entry for entry in model.opset_import if entry.domain != DOMAIN),
         ir_version=max(model.ir_version, _MIN_IR_VERSION),
+        is_one_row=is_one_row,
+        natives=dict(natives),
+        marks=marks_of(live),
     )
 
 
@@ -144,14 +170,14 @@ def _batch_symbol(value: ValueInfoProto) -> str:
     return symbol
 
 
-def _infer(model: ModelProto, symbols: set[str]) -> tuple[dict[str, Shape], dict[str, int]]:
+def _infer(model: ModelProto, symbols: set[str], batches: Sequence[int]) -> tuple[dict[str, Shape], dict[str, int]]:
     """Infer every value's shape at two batch sizes and read off what grows with the batch."""
     light = _without_weights(model)
-    probes = [_types_at(light, symbols, batch) for batch in PROBE_BATCHES]
+    probes = [_types_at(light, symbols, batch) for batch in batches]
     shapes = {
-        name: join_shapes(_sizes(kind), _sizes(probes[1][name]))
+        name: join_shapes(_sizes(kind), _sizes(probes[-1][name])) if len(probes) > 1 else _one_row(_sizes(kind))
         for name, kind in probes[0].items()
-        if kind.tensor_type.HasField("shape") and name in probes[1] and probes[1][name].tensor_type.HasField("shape")
+        if kind.tensor_type.HasField("shape") and name in probes[-1] and probes[-1][name].tensor_type.HasField("shape")
     }
     dtypes = {name: kind.tensor_type.elem_type for name, kind in probes[0].items()}
     for tensor in model.graph.initializer:
@@ -160,12 +186,12 @@ def _infer(model: ModelProto, symbols: set[str]) -> tuple[dict[str, Shape], dict
 
 
 def _without_weights(model: ModelProto) -> ModelProto:
-    """Copy a model with its large weights declared, not held: shapes follow from small constants only."""
+    """Copy a model for shape inference: its large weights are declared, not held, and sizes pass through reshapes."""
     weights = [tensor for tensor in model.graph.initializer if math.prod(tensor.dims) > _MAX_SHAPE_CONSTANT]
     declared = [helper.make_tensor_value_info(held.name, held.data_type, held.dims) for held in weights]
     names = {tensor.name for tensor in weights}
     graph = helper.make_graph(
-        model.graph.node,
+        _without_idle_reshapes(model),
         "shapes",
         [*inputs_of(model), *declared],
         model.graph.output,
@@ -173,6 +199,20 @@ def _without_weights(model: ModelProto) -> ModelProto:
         value_info=model.graph.value_info,
     )
     return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _without_idle_reshapes(model: ModelProto) -> list[NodeProto]:
+    """Read a vector where a `Reshape` makes the same vector of it: ONNX follows no size through that."""
+    vectors = {value.name for value in model.graph.value_info if len(value.type.tensor_type.shape.dim) == 1}
+    to_vector = {tensor.name for tensor in model.graph.initializer if list(tensor.dims) == [1]}
+    same: dict[str, str] = {}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "Reshape" and node.input[0] in vectors and node.input[1] in to_vector:
+            same[node.output[0]] = node.input[0]
+        nodes.append(NodeProto.FromString(node.SerializeToString()))
+        nodes[-1].input[:] = [same.get(name, name) for name in node.input]
+    return nodes
 
 
 def _types_at(model: ModelProto, symbols: set[str], batch: int) -> dict[str, TypeProto]:
@@ -200,6 +240,10 @@ def _size_at(expression: str, symbols: set[str], batch: int) -> int | None:
 
 def _sizes(kind: TypeProto) -> tuple[int | None, ...]:
     return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.tensor_type.shape.dim)
+
+
+def _one_row(sizes: tuple[int | None, ...]) -> Shape:
+    return (Rows(), *sizes[1:]) if sizes[:1] == (1,) else sizes
 
 
 def join_shapes(few: Sequence[int | None], many: Sequence[int | None]) -> Shape | None:

@@ -11,6 +11,7 @@ from typing import Final
 import onnxscript
 import torch
 from offramp_contract.errors import TraceError
+from onnx import NodeProto
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from offramp_exporter.exits import ADAPTER
@@ -22,6 +23,7 @@ _NOT_THE_USERS: Final = (
     "<",
 )
 _FRAME: Final = re.compile(r'File "([^"]+)", line (\d+)')
+_STACK_TRACE: Final = "pkg.torch.onnx.stack_trace"
 _NO_TRANSLATION: Final = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 _NUMPY: Final = re.compile(r"\.numpy\(\)|from_numpy|__array__")
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
@@ -84,6 +86,15 @@ def user_line(errors: Sequence[BaseException]) -> str | None:
     if not cited and not passed:
         return None
     return spell_line(*(cited or passed)[-1])
+
+
+def line_of_node(node: NodeProto) -> str | None:
+    """Find the line of the network's own code that a node comes from, if torch has written it down."""
+    for held in node.metadata_props:
+        if held.key == _STACK_TRACE:
+            places = [(path, int(number)) for path, number in _FRAME.findall(held.value) if is_users_code(path)]
+            return spell_line(*places[-1]) if places else None
+    return None
 
 
 def spell_line(path: str, number: int) -> str:

@@ -37,9 +37,11 @@ def rejoin(bundle: Bundle, dropped: Collection[int] = ()) -> Program:
     kept = [exit_ for index, exit_ in enumerate(manifest.exits) if index not in dropped]
     public = {name for exit_ in kept for name in (exit_.logits, exit_.decision, exit_.temperature)}
     joined = _Joined(manifest.tensors, taken={*manifest.tensors, *public})
+    shared = bundle.shared_arrays()
     for index, stage in enumerate(manifest.stages):
         exit_ = None if stage.exit is None else manifest.exits[stage.exit]
-        joined.add(ModelProto.FromString(bundle.graph(index)), stage, exit_)
+        graph, _ = shared.fill(bundle.graph(index), stage.name)
+        joined.add(ModelProto.FromString(graph), stage, exit_)
     model = helper.make_model(
         helper.make_graph(
             joined.nodes,
@@ -52,7 +54,11 @@ def rejoin(bundle: Bundle, dropped: Collection[int] = ()) -> Program:
         opset_imports=[helper.make_opsetid(domain, version) for domain, version in joined.opsets.items()],
         ir_version=joined.ir_version,
     )
-    program = program_of_model(model, {exit_.name: joined.scores[exit_.name] for exit_ in kept})
+    program = program_of_model(
+        model,
+        {exit_.name: joined.scores[exit_.name] for exit_ in kept},
+        natives={exit_.name: joined.natives[exit_.name] for exit_ in kept if exit_.native is not None},
+    )
     return _with_all_shapes(program, model, manifest)
 
 
@@ -87,6 +93,7 @@ class _Joined:
         carries: The bundle's inputs and carries, by name.
         taken: Every name in use, and those that the bundle's boundaries need.
         scores: The value that holds each exit's scores, by the exit's name.
+        natives: The value that holds the score of the network's own exit rule, by the exit's name, where it has one.
         support: Constants, and what is computed of them and the batch size alone: several stages may hold a copy.
         maker: The node that makes each value.
         first: What the first stage that makes a value calls it -> its name here.
@@ -99,6 +106,7 @@ class _Joined:
     opsets: dict[str, int] = field(default_factory=dict)
     ir_version: int = 0
     scores: dict[str, str] = field(default_factory=dict)
+    natives: dict[str, str] = field(default_factory=dict)
     support: set[str] = field(default_factory=lambda: {"", BATCH_SIZE})
     maker: dict[str, NodeProto] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
@@ -113,6 +121,8 @@ class _Joined:
             carried = self._carried_scores(model, stage, exit_)
             self.scores[exit_.name] = names[exit_.logits] = carried or self._fresh(f"{exit_.name}.scores")
             ends += [] if carried else [exit_.logits]
+        native = None if exit_ is None or exit_.native is None else _native_score(model, exit_)
+        ends += [] if native is None else [native]
         constants = {tensor.name: tensor for tensor in model.graph.initializer}
         for node in live_nodes(model.graph.node, ends):
             for name in node.input:
@@ -123,6 +133,8 @@ class _Joined:
                         f"stage {stage.name!r}: its scores or carries depend on {name!r}, which is no carry"
                     )
             self._node(node, names)
+        if exit_ is not None and native is not None:
+            self.natives[exit_.name] = names[native]
 
     def _carried_scores(self, model: ModelProto, stage: Stage, exit_: Exit) -> str | None:
         """Give the carry that is an exit's scores: `emit` writes scores that later stages read a second time."""
@@ -204,6 +216,12 @@ def _check(model: ModelProto, stage: Stage) -> None:
     is_plain = not model.functions and not model.graph.sparse_initializer
     if not is_plain or any(held.type in _SUBGRAPHS for node in model.graph.node for held in node.attribute):
         raise SplitError(f"stage {stage.name!r} holds functions, branches or loops, which cannot be joined with others")
+
+
+def _native_score(model: ModelProto, exit_: Exit) -> str:
+    """Give the value that `decide` put last into an exit's decision."""
+    decision = next(node for node in model.graph.node if exit_.decision in node.output)
+    return str(decision.input[-1])
 
 
 def _do_the_same(one: NodeProto, other: NodeProto) -> bool:

@@ -2,7 +2,8 @@
 
 In the order of the exits, stage k is the nodes that exit k needs and no earlier stage holds; what it makes and later
 stages read crosses the boundary. Program order plays no part: heads may come last, layers may keep outputs for later,
-exits may read earlier exits' scores.
+exits may read earlier exits' scores. Where there are gates, these nodes fall into several stages
+(`offramp_exporter.gated_stages`): each body is one of its own.
 
 Two kinds of values never cross. *Constants* depend on no input, and *sizes* only on the batch size, which changes at
 every boundary: each stage that reads one computes it for itself.
@@ -17,7 +18,10 @@ from typing import Final
 from offramp_contract.errors import SplitError
 from onnx import AttributeProto, NodeProto
 
+from offramp_exporter.gated_stages import depends_on, stages_of
+from offramp_exporter.gates import MergedValue
 from offramp_exporter.program import Program
+from offramp_exporter.refusal import line_of_node
 from offramp_exporter.sizes import BATCH_SIZE
 
 _RANDOM_OPERATORS: Final = {
@@ -28,6 +32,9 @@ _RANDOM_OPERATORS: Final = {
     "RandomUniform",
     "RandomUniformLike",
 }
+
+
+_SIZED_BY_DATA: Final = {"NonZero", "Unique", "Compress"}
 
 
 class Kind(IntEnum):
@@ -43,46 +50,59 @@ class StagePlan:
     """One stage, as indices into the program's nodes, each tuple in topological order.
 
     Attributes:
-        exit: Name of the exit it ends in.
+        exit: Name of the exit it ends in, if any.
         scores: The program's value that holds the exit's scores.
+        native: The value that holds the score of the network's own rule for leaving here, if it has one.
         nodes: The nodes that are this stage's alone.
         support: Nodes of constants and sizes that it computes for itself.
         reads: Model inputs and values of earlier stages.
         emits: Its values that later stages read.
+        gates: The gates that must all be open for it to run, the outermost first.
+        scored: The gates whose scores it computes.
+        merges: What stands for its values where it does not run.
     """
 
-    exit: str
-    scores: str
+    exit: str | None
+    scores: str | None
     nodes: tuple[int, ...]
     support: tuple[int, ...]
     reads: tuple[str, ...]
     emits: tuple[str, ...]
+    native: str | None = None
+    gates: tuple[int, ...] = ()
+    scored: tuple[int, ...] = ()
+    merges: tuple[MergedValue, ...] = ()
 
 
 def split(program: Program) -> tuple[StagePlan, ...]:
-    """Cut a program into one stage per exit.
+    """Cut a program into one stage per exit, and at its gates.
 
     Raises:
         SplitError: If an exit needs nothing that an earlier one does not, does not depend on the input, or the program
             branches or draws random numbers, naming the node.
     """
     kinds = classify(program)
-    owned = _assign_nodes(program, kinds)
-    made_in = {name: stage for stage, nodes in enumerate(owned) for i in nodes for name in program.nodes[i].output}
-    read_in = [_data_read(program, kinds, nodes) for nodes in owned]
-    last_read = {name: stage for stage, names in enumerate(read_in) for name in names}
+    cuts = [cut for exit_, nodes in _assign_nodes(program, kinds).items() for cut in stages_of(program, exit_, nodes)]
+    made_in = {name: stage for stage, cut in enumerate(cuts) for i in cut.nodes for name in program.nodes[i].output}
+    read_in = [_data_read(program, kinds, cut.nodes) for cut in cuts]
+    kept_for = [dict.fromkeys((*read_in[stage], *(one.skip for one in cut.merges))) for stage, cut in enumerate(cuts)]
+    last_read = {name: stage for stage, names in enumerate(kept_for) for name in names}
     return tuple(
         StagePlan(
-            exit=exit_,
-            scores=scores,
-            nodes=nodes,
-            support=_support(program, kinds, nodes),
+            exit=cut.exit,
+            scores=None if cut.exit is None else program.exits[cut.exit],
+            nodes=cut.nodes,
+            support=_support(program, kinds, cut.nodes),
             reads=tuple(name for name in read_in[stage] if made_in.get(name, -1) < stage),
             emits=tuple(
-                name for i in nodes for name in program.nodes[i].output if name and last_read.get(name, -1) > stage
+                name for i in cut.nodes for name in program.nodes[i].output if name and last_read.get(name, -1) > stage
             ),
+            native=None if cut.exit is None else program.natives.get(cut.exit),
+            gates=cut.gates,
+            scored=cut.scored,
+            merges=tuple(one for one in cut.merges if last_read.get(one.run, -1) > stage),
         )
-        for stage, ((exit_, scores), nodes) in enumerate(zip(program.exits.items(), owned, strict=True))
+        for stage, cut in enumerate(cuts)
     )
 
 
@@ -104,31 +124,37 @@ def classify(program: Program) -> dict[str, Kind]:
 def _refuse_control_flow(node: NodeProto) -> None:
     if any(held.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for held in node.attribute):
         raise SplitError(
-            f"node {_label(node)} branches or loops inside the graph, which cannot be cut into stages; "
+            f"node {label(node)} branches or loops inside the graph, which cannot be cut into stages; "
             "let the network compute and return every exit, without a condition"
+        )
+    if node.op_type in _SIZED_BY_DATA:
+        raise SplitError(
+            f"node {label(node)} picks elements by their value (x[mask], nonzero, unique), so that sizes depend on "
+            "data; keep every element and write torch.where(mask, a, b)"
         )
     if node.op_type in _RANDOM_OPERATORS:
         raise SplitError(
-            f"node {_label(node)} draws random numbers at inference, so no two answers would agree; "
+            f"node {label(node)} draws random numbers at inference, so no two answers would agree; "
             "make the network deterministic in eval()"
         )
 
 
-def _assign_nodes(program: Program, kinds: Mapping[str, Kind]) -> list[tuple[int, ...]]:
+def _assign_nodes(program: Program, kinds: Mapping[str, Kind]) -> dict[str, tuple[int, ...]]:
     """Give each exit in turn the nodes that it needs and no earlier one holds."""
     placed: set[int] = set()
-    owned = []
+    owned = {}
     for exit_, scores in program.exits.items():
         if kinds[scores] is not Kind.DATA:
             raise SplitError(f"exit {exit_!r} ({scores!r}) does not depend on the network's input")
-        needed = _upstream(program, [scores], partial(_is_new_data, kinds, placed))
-        if all(program.nodes[i].op_type == "Identity" for i in needed):
+        wanted = [scores, *filter(None, [program.natives.get(exit_)])]
+        needed = _upstream(program, wanted, partial(_is_new_data, kinds, placed))
+        if not program.natives and all(program.nodes[i].op_type == "Identity" for i in needed):
             raise SplitError(
                 f"exit {exit_!r} ({scores!r}) needs nothing that the exits before it do not compute; "
                 "name each exit once, in the order of depth"
             )
         placed |= needed
-        owned.append(tuple(sorted(needed)))
+        owned[exit_] = tuple(sorted(needed))
     return owned
 
 
@@ -156,7 +182,7 @@ def _upstream(program: Program, wanted: Iterable[str], enters: Callable[[NodePro
         i = program.producer.get(open_values.pop())
         if i is not None and i not in found and enters(program.nodes[i], i):
             found.add(i)
-            open_values.extend(program.nodes[i].input)
+            open_values.extend(depends_on(program, program.nodes[i]))
     return found
 
 
@@ -164,5 +190,7 @@ def _kind(node: NodeProto, kinds: Mapping[str, Kind]) -> Kind:
     return next(kinds[name] for name in node.output if name)
 
 
-def _label(node: NodeProto) -> str:
-    return f"{node.name or node.output[0]!r} ({node.op_type})"
+def label(node: NodeProto) -> str:
+    """Name a node for a person: its operator, and the line of the network's code that it comes from."""
+    line = line_of_node(node)
+    return f"{node.name or node.output[0]!r} ({node.op_type}){f' at {line}' if line else ''}"

@@ -13,10 +13,11 @@ from typing import Final
 import numpy as np
 from offramp_contract.errors import ManifestError, ParityError, SplitError, TraceError
 from offramp_contract.manifest import Exit
-from offramp_contract.statistics import LOG_ODDS, FloatArray, decision_of_logits
+from offramp_contract.statistics import LOG_ODDS, BoolArray, FloatArray, decision_of_logits
 from offramp_runtime import Bundle, Device, DeviceTensor, StageExecutor, run_all_exits
 
 from offramp_exporter.batch_range import Reference
+from offramp_exporter.coverage import perturbed
 from offramp_exporter.examples import Examples
 from offramp_exporter.program import Program, values_read
 from offramp_exporter.refusal import explain
@@ -25,6 +26,13 @@ from offramp_exporter.split import Kind, StagePlan, classify
 TOLERANCE: Final = 1e-4
 HALF_TOLERANCE: Final = 2e-2
 """Where the network computes in float16."""
+
+MAX_FLIPS: Final = 0.05
+"""Largest share of the varied inputs that may lie at a threshold inside the network, blank ones apart.
+
+In a blank input all is the same, so that whatever is ranked inside the network may well tie."""
+
+_NUDGES: Final = (1e-6, 3e-6, 1e-5)
 
 _CERTAIN: Final = 600.0
 """Log-odds past which the oracle's float64 ends."""
@@ -45,33 +53,39 @@ def prove_structure(program: Program, plans: Sequence[StagePlan]) -> None:
     for plan in plans:
         inside = {name for i in plan.nodes for name in program.nodes[i].output}
         read = {name for i in plan.nodes for name in values_read(program.nodes[i]) if kinds[name] is Kind.DATA}
-        if not (read <= inside | set(plan.reads) and set(plan.reads) <= known and plan.scores in inside):
-            raise SplitError(f"the stage of exit {plan.exit!r} reads what no earlier stage emits; this is a bug")
+        before = {*plan.reads, *(one.skip for one in plan.merges)}
+        if not (read <= inside | set(plan.reads) and before <= known and plan.scores in (*inside, None)):
+            stage = f"the stage of exit {plan.exit!r}" if plan.exit is not None else "a stage"
+            raise SplitError(f"{stage} reads what no earlier stage emits; this is a bug")
         known.update(plan.emits)
 
 
-def prove_parity(
-    bundle: Bundle, device: Device, reference: Reference, examples: Examples, batches: Sequence[int]
-) -> None:
+def load(bundle: Bundle, device: Device) -> StageExecutor:
+    """Load a bundle's stages.
+
+    Raises:
+        SplitError: If ONNX Runtime refuses a stage.
+    """
+    try:
+        return StageExecutor(bundle, device)
+    except ManifestError as error:
+        raise SplitError(f"a stage cannot be run: {error.message}{explain(error.__cause__ or error)}") from error
+
+
+def prove_parity(executor: StageExecutor, reference: Reference, examples: Examples, batches: Sequence[int]) -> None:
     """Run the bundle and the network beside each other.
 
     Args:
-        bundle: What is to be proved.
-        device: Where its stages run.
+        executor: What is to be proved, loaded.
         reference: The network.
         examples: Inputs that the network takes; random ones are drawn like them.
         batches: The batch sizes to prove.
 
     Raises:
         ParityError: Naming exit, stage, tensor and the largest deviation.
-        SplitError: If ONNX Runtime refuses a stage.
         TraceError: If an exit gives probabilities instead of logits.
     """
-    try:
-        executor = StageExecutor(bundle, device)
-    except ManifestError as error:
-        raise SplitError(f"a stage cannot be run: {error.message}{explain(error.__cause__ or error)}") from error
-    proof = _Proof(executor, HALF_TOLERANCE if bundle.manifest.precision == "fp16" else TOLERANCE)
+    proof = _Proof(executor, tolerance_of(executor))
     for batch in batches:
         cases = {"the example": examples.with_rows(batch), "random inputs": examples.random(batch, seed=batch)}
         for kind, inputs in cases.items():
@@ -83,7 +97,67 @@ def prove_parity(
             except ParityError:
                 _blame_randomness(reference, inputs, expected)
                 raise
-    _refuse_probabilities(bundle.manifest.exits, expected)
+    refuse_probabilities(executor.manifest.exits, expected)
+
+
+def tolerance_of(executor: StageExecutor) -> float:
+    """Give how far scores may lie apart, absolute and relative."""
+    return HALF_TOLERANCE if executor.manifest.precision == "fp16" else TOLERANCE
+
+
+def prove_covered(executor: StageExecutor, reference: Reference, covered: Examples, batch: int) -> int:
+    """Run the bundle and the network beside each other on many inputs.
+
+    Args:
+        executor: What is to be proved, loaded.
+        reference: The network.
+        covered: The inputs. They may lie far from real ones: the tolerance is relative to a row's largest score.
+        batch: How many at a time.
+
+    Returns:
+        How many of them lie so close to a threshold inside the network that the network itself answers otherwise when
+        they change by a millionth: there, neither answer is wrong.
+
+    Raises:
+        ParityError: Naming exit, stage, tensor and the largest deviation.
+    """
+    proof, num_flips, num_blank = _Proof(executor, tolerance_of(executor), by_row=True), 0, 0
+    for start in range(0, covered.num_rows, batch):
+        inputs = covered.rows(np.arange(start, start + batch) % covered.num_rows)
+        expected = reference(inputs)
+        proof.case = f"at batch {batch} on varied inputs"
+        differ_B = proof.differing(inputs, expected)
+        flips = [row for row in np.flatnonzero(differ_B).tolist() if _is_at_a_threshold(proof, reference, inputs, row)]
+        new = [row for row in flips if start + row < covered.num_rows]
+        num_flips += len(new)
+        num_blank += sum(_is_blank(inputs, row) for row in new)
+        if num_flips - num_blank > MAX_FLIPS * covered.num_rows:
+            flips = []  # so many are no accident
+        steady = np.setdiff1d(np.arange(batch), flips)
+        if not len(steady):
+            continue
+        # A flipped row's place is taken by another: the batch keeps its size.
+        rows = steady[np.arange(batch) % len(steady)]
+        inputs, expected = inputs.rows(rows), [scores_BC[rows] for scores_BC in expected]
+        proof.compare_exits(inputs, expected)
+        proof.compare_survivors(inputs, expected)
+    return num_flips
+
+
+def _is_at_a_threshold(proof: "_Proof", reference: Reference, inputs: Examples, row: int) -> bool:
+    """Tell whether the network does not equal itself when an input changes by less than rounding does on the way."""
+    same = inputs.rows([row] * inputs.num_rows)
+    expected = reference(same)
+    return any(
+        bool(proof.far(scores_BC, expected_BC).any())
+        for share in _NUDGES
+        for scores_BC, expected_BC in zip(reference(perturbed(same, share, seed=row)), expected, strict=True)
+    )
+
+
+def _is_blank(inputs: Examples, row: int) -> bool:
+    """Tell whether one number is all that a row holds, in every input."""
+    return all(bool((array[row] == array[row].flat[0]).all()) for array in inputs.arrays.values() if array[row].size)
 
 
 @dataclass(slots=True)
@@ -91,6 +165,27 @@ class _Proof:
     executor: StageExecutor
     tolerance: float
     case: str = ""
+    by_row: bool = False
+
+    def differing(self, inputs: Examples, expected: Sequence[FloatArray]) -> BoolArray:
+        """Tell which rows any exit answers otherwise than the network."""
+        answers = run_all_exits(self.executor, inputs.arrays)
+        far = [self.far(logits_BC, wanted_BC) for (logits_BC, _), wanted_BC in zip(answers, expected, strict=True)]
+        return np.asarray(np.any(far, axis=0))
+
+    def far(self, actual_BC: FloatArray, expected_BC: FloatArray) -> BoolArray:
+        """Tell which rows of scores lie apart."""
+        return np.asarray(~self._are_close(actual_BC, expected_BC, self.tolerance).all(axis=1))
+
+    def _are_close(self, actual_BC: FloatArray, expected_BC: FloatArray, tolerance: float) -> BoolArray:
+        if not self.by_row:
+            return np.asarray(np.isclose(actual_BC, expected_BC, rtol=tolerance, atol=tolerance, equal_nan=True))
+        finite_BC = np.where(np.isfinite(expected_BC), np.abs(expected_BC), 0.0)
+        allowed_B1 = tolerance * (1.0 + finite_BC.max(axis=1, keepdims=True))
+        is_same_BC = np.isclose(actual_BC, expected_BC, rtol=0.0, atol=0.0, equal_nan=True)
+        with np.errstate(invalid="ignore"):
+            deviation_BC = np.abs(np.subtract(actual_BC, expected_BC, dtype=np.float64))
+        return np.asarray(np.logical_or(is_same_BC, deviation_BC <= allowed_B1))
 
     def compare_exits(self, inputs: Examples, expected: Sequence[FloatArray]) -> None:
         """Compare every exit's scores with the network's, and its decision with the oracle's."""
@@ -102,10 +197,16 @@ class _Proof:
             logits_BC, decision_BD = answer
             self._require_close(exit_, exit_.logits, logits_BC, expected_BC, self.tolerance)
             oracle_BD = decision_of_logits(logits_BC)
-            self._require_close(exit_, exit_.decision, _comparable(decision_BD), _comparable(oracle_BD), TOLERANCE)
+            statistics_BD = decision_BD[:, : oracle_BD.shape[1]]  # a native score may follow
+            self._require_close(exit_, exit_.decision, _comparable(statistics_BD), _comparable(oracle_BD), TOLERANCE)
 
     def compare_survivors(self, inputs: Examples, expected: Sequence[FloatArray]) -> None:
-        """Let rows leave at every boundary: those that stay must answer as if nothing had happened."""
+        """Let rows leave at every boundary: those that stay must answer as if nothing had happened.
+
+        Where there are gates, `run_gated` forms batches anew at every gated stage.
+        """
+        if self.executor.manifest.gates:
+            return
         device, generator = self.executor.device, np.random.default_rng(inputs.num_rows)
         carries: dict[str, DeviceTensor] = {name: device.upload(array) for name, array in inputs.arrays.items()}
         rows = np.arange(inputs.num_rows)
@@ -128,7 +229,7 @@ class _Proof:
         where = f"exit {exit_.name!r}, stage {self.executor.manifest.stages[exit_.stage].name!r}, tensor {tensor!r}"
         if actual.shape != expected.shape:
             raise ParityError(f"{where}: its shape {self.case} is {actual.shape}, the network's {expected.shape}")
-        if not np.isclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True).all():
+        if not self._are_close(actual, expected, tolerance).all():
             deviation = float(np.abs(np.subtract(actual, expected, dtype=np.float64)).max())
             raise ParityError(
                 f"{where}: staged execution {self.case} differs from the network by up to {deviation:.3g}; "
@@ -153,7 +254,12 @@ def _blame_randomness(reference: Reference, inputs: Examples, expected: Sequence
         ) from None
 
 
-def _refuse_probabilities(exits: Sequence[Exit], scores: Sequence[FloatArray]) -> None:
+def refuse_probabilities(exits: Sequence[Exit], scores: Sequence[FloatArray]) -> None:
+    """Refuse exits whose scores sum to 1 in every row.
+
+    Raises:
+        TraceError: Naming the exit.
+    """
     for exit_, scores_BC in zip(exits, scores, strict=True):
         sums_to_one = np.allclose(scores_BC.sum(axis=1, dtype=np.float64), 1.0, atol=1e-3)
         if sums_to_one and scores_BC.min() >= 0.0 and scores_BC.max() <= 1.0:

@@ -12,10 +12,16 @@ from offramp_contract.manifest import (
     MANIFEST_FILE,
     Exit,
     File,
+    Gate,
     ImagePreprocessing,
     Manifest,
+    Merge,
+    NativeRule,
+    Predicate,
     Preprocessing,
+    Proof,
     Provenance,
+    SharedWeights,
     Stage,
     Tensor,
     TextPreprocessing,
@@ -30,6 +36,7 @@ from offramp_exporter.cost import carry_bytes, stage_flops
 from offramp_exporter.decide import add_decision
 from offramp_exporter.emit import stage_graph
 from offramp_exporter.program import Program
+from offramp_exporter.shared import WEIGHTS_FILE, Sharing, share
 from offramp_exporter.split import StagePlan
 
 TOKENIZER_FILE: Final = "tokenizer.json"
@@ -46,6 +53,8 @@ class Description:
         preprocessing: How images or texts become inputs.
         tokenizer: The `tokenizer.json` to copy into the bundle, for texts.
         default_policy: The policy of requests that name none.
+        rules: How the network itself leaves at an exit, by the exit's name.
+        predicates: What its code asks of its tensors.
     """
 
     name: str
@@ -54,28 +63,35 @@ class Description:
     preprocessing: Preprocessing | None = None
     tokenizer: Path | None = None
     default_policy: PolicySpec = field(default_factory=ConfidenceSpec)
+    rules: Mapping[str, NativeRule] = field(default_factory=dict)
+    predicates: Sequence[Predicate] = ()
 
 
 def write_bundle(
     folder: Path, program: Program, plans: Sequence[StagePlan], description: Description, batches: BatchRange
 ) -> Manifest:
-    """Write stage graphs, tokenizer and manifest into an empty folder.
+    """Write stage graphs, shared weights, tokenizer and manifest into an empty folder.
 
     Raises:
         ExportError: If the description does not fit the network.
     """
     crossing = crossings(program, plans)
-    exits = [_exit(program, plan, index) for index, plan in enumerate(plans)]
+    exits = exits_of(program, plans, description.rules)
+    sharing = share(program, plans)
     (folder / "stages").mkdir()
+    if sharing.content:
+        (folder / WEIGHTS_FILE).write_bytes(sharing.content)
     stages = []
-    for stage, graph in write_stages(program, plans, crossing, exits):
+    for stage, graph in write_stages(program, plans, crossing, exits, sharing):
         (folder / stage.graph.path).write_bytes(graph)
         stages.append(stage)
     manifest = _manifest(
         program,
+        plans,
         crossing=crossing,
         stages=stages,
         exits=exits,
+        shared_weights=sharing.described(),
         description=_with_tokenizer(folder, description),
         batches=batches,
     )
@@ -83,8 +99,20 @@ def write_bundle(
     return manifest
 
 
+def record_proof(folder: Path, manifest: Manifest, proof: Proof) -> Manifest:
+    """Write into a bundle's manifest what it was proved on."""
+    provenance = manifest.provenance.model_copy(update={"proof": proof})
+    proved = manifest.model_copy(update={"provenance": provenance})
+    (folder / MANIFEST_FILE).write_bytes(proved.to_bytes())
+    return proved
+
+
 def write_stages(
-    program: Program, plans: Sequence[StagePlan], crossing: Mapping[str, Crossing], exits: Sequence[Exit]
+    program: Program,
+    plans: Sequence[StagePlan],
+    crossing: Mapping[str, Crossing],
+    exits: Sequence[Exit],
+    sharing: Sharing,
 ) -> Iterator[tuple[Stage, bytes]]:
     """Write every stage's graph, in order, and what the manifest says of it.
 
@@ -92,26 +120,50 @@ def write_stages(
         program: What the plans index.
         plans: One a stage.
         crossing: How each model input and carry crosses, by the program's name.
-        exits: One a stage.
+        exits: In the order of the stages that end in them.
+        sharing: The weights that lie in a file beside the graphs.
     """
-    for index, (plan, exit_) in enumerate(zip(plans, exits, strict=True)):
-        model = stage_graph(program, plan, crossing, exit_)
-        add_decision(model, exit_)
+    ends = {exit_.name: (position, exit_) for position, exit_ in enumerate(exits)}
+    for index, plan in enumerate(plans):
+        position, exit_ = (None, None) if plan.exit is None else ends[plan.exit]
+        gate_scores = f"stage_{index}.gate_scores" if plan.scored else None
+        model = stage_graph(program, plan, crossing, exit_, gate_scores)
+        if exit_ is not None:
+            add_decision(model, exit_, plan.native)
+        sharing.refer(model)
         graph = model.SerializeToString(deterministic=True)
         stage = Stage(
             name=f"stage_{index}",
             graph=File(path=f"stages/{index:02}.onnx", sha256=hashlib.sha256(graph).hexdigest()),
             inputs=tuple(crossing[name].tensor.name for name in plan.reads),
             outputs=tuple(crossing[name].tensor.name for name in plan.emits),
-            exit=index,
+            exit=position,
+            scores=gate_scores,
+            gates=plan.gates,
+            merges=tuple(
+                Merge(run=crossing[one.run].tensor.name, skip=crossing[one.skip].tensor.name) for one in plan.merges
+            ),
             flops=stage_flops(program, plan),
             carry_bytes=carry_bytes(plans, crossing, index),
         )
         yield stage, graph
 
 
-def _exit(program: Program, plan: StagePlan, index: int) -> Exit:
-    name, width = plan.exit, program.shapes[plan.scores][1]
+def exits_of(program: Program, plans: Sequence[StagePlan], rules: Mapping[str, NativeRule]) -> list[Exit]:
+    """Describe the exits, in order.
+
+    Raises:
+        ExportError: If the network has tensors of the names that the graphs need.
+    """
+    return [
+        _exit(program, plan.exit, plan.scores, index, rules)
+        for index, plan in enumerate(plans)
+        if plan.exit is not None and plan.scores is not None
+    ]
+
+
+def _exit(program: Program, name: str, scores: str, index: int, rules: Mapping[str, NativeRule]) -> Exit:
+    width = program.shapes[scores][1]
     exit_ = Exit(
         name=name,
         stage=index,
@@ -119,8 +171,9 @@ def _exit(program: Program, plan: StagePlan, index: int) -> Exit:
         decision=f"{name}.decision",
         temperature=f"{name}.temperature",
         num_classes=width if isinstance(width, int) else 0,
+        native=rules.get(name),
     )
-    taken = {exit_.logits, exit_.decision, exit_.temperature} - {plan.scores}
+    taken = {exit_.logits, exit_.decision, exit_.temperature} - {scores}
     if taken & {*program.producer, *program.inputs, *program.initializers}:
         raise ExportError(f"exit {name!r}: the network has tensors of that name; name its exits otherwise")
     return exit_
@@ -128,16 +181,19 @@ def _exit(program: Program, plan: StagePlan, index: int) -> Exit:
 
 def _manifest(
     program: Program,
+    plans: Sequence[StagePlan],
     *,
     crossing: Mapping[str, Crossing],
     stages: Sequence[Stage],
     exits: Sequence[Exit],
+    shared_weights: SharedWeights | None,
     description: Description,
     batches: BatchRange,
 ) -> Manifest:
     inputs = tuple(crossing[name].tensor for name in program.inputs)
     if description.preprocessing is not None:
         _check_preprocessing(description.preprocessing, inputs)
+    stages_scoring = {gate: index for index, plan in enumerate(plans) for gate in plan.scored}
     is_half = any(program.dtypes.get(scores) == TensorProto.FLOAT16 for scores in program.exits.values())
     try:
         return Manifest(
@@ -147,6 +203,9 @@ def _manifest(
             carries=tuple(one.tensor for name, one in crossing.items() if name not in program.inputs),
             stages=tuple(stages),
             exits=tuple(exits),
+            gates=_gates(program, stages_scoring),
+            predicates=tuple(description.predicates),
+            shared_weights=shared_weights,
             labels=None if description.labels is None else tuple(description.labels),
             preprocessing=description.preprocessing,
             default_policy=description.default_policy,
@@ -157,6 +216,14 @@ def _manifest(
     except (ValidationError, InvalidValue) as error:
         problem = error.message if isinstance(error, InvalidValue) else _first_problem(error)
         raise ExportError(f"the bundle's description does not fit the network: {problem}") from None
+
+
+def _gates(program: Program, stage_of: Mapping[int, int]) -> tuple[Gate, ...]:
+    planned = () if program.gating is None else program.gating.gates
+    return tuple(
+        Gate(name=gate.name, stage=stage_of.get(index), priority=gate.priority, threshold=gate.threshold)
+        for index, gate in enumerate(planned)
+    )
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -147,7 +147,7 @@ def test_preprocessing_comes_from_a_file(offramp, networks, tmp_path):
         (["{networks}:SameLogits", "--example", "6", "--policy", "{broken"], "is not valid JSON"),
         (["{networks}:SameLogits", "--example", "6", "--training", "empty.txt"], "empty.txt is not JSON"),
         (["{networks}:SameLogits", "--example", "6", "--preprocessing", "bad.json"], "bad.json, image.height"),
-        (["{networks}:SameLogits", "--example", "6", "--exits", " , "], "--exits names nothing"),
+        (["{networks}:SameLogits", "--example", "6", "--exits", " , "], "exits: nothing is named"),
         (["{networks}:TwoExits", "--example", "6"], "['late']"),
         (["multi_exit_cnn", "--data", "imagenet"], "data set 'imagenet' is not one of"),
         (["two.onnx"], "needs --exits"),

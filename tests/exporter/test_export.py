@@ -347,7 +347,7 @@ def test_the_description_is_written_down(tmp_path: Path) -> None:
     assert manifest.provenance.parameters == sum(p.numel() for p in Chain().parameters())
     assert manifest.provenance.training["epochs"] == 3
     assert "torch" in manifest.provenance.versions
-    assert [step.split()[0] for step in steps] == ["tracing", "found", "cutting", "proving"]
+    assert [step.split()[0] for step in steps] == ["tracing", "found", "cutting", "proving", "proving"]
     assert steps[1] == "found 3 exits: exit_0 = out[0], exit_1 = out[1], exit_2 = out[2]"
 
 
@@ -395,28 +395,6 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_bund
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chain", "diary", "empty"]
 
 
-class Stateful(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head, self.calls = nn.Linear(4, 3), 0
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        self.calls += 1
-        return [self.head(x), self.head(x) * self.calls]
-
-
-class CouplesRows(nn.Module):
-    """Normalises over the batch, as batch norm in training mode does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        h = self.head(x)
-        return [h, (h - h.mean(0)).relu() + h]
-
-
 class Folded(Frames):
     """Folds its frames into the batch frame by frame, so that neighbours in the fold are different rows."""
 
@@ -430,8 +408,6 @@ class Folded(Frames):
 @pytest.mark.parametrize(
     ("make", "row_shape", "sentence"),
     [
-        (Stateful, (4,), "answers differently when it is called twice"),
-        (CouplesRows, (4,), "exit 'exit_1', stage 'stage_1', tensor 'exit_1.logits'.*after other rows have left"),
         (Folded, (6, 4), "exit 'exit_1', stage 'stage_1', tensor 'exit_1.logits'.*after other rows have left"),
     ],
 )
@@ -488,6 +464,12 @@ class Probabilities(nn.Module):
         return [self.head(x).softmax(1)]
 
 
-def test_probabilities_are_not_taken_for_logits(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match=r"'exit_0' gives probabilities.*before the softmax"):
-        export(Probabilities(), torch.randn(2, 4), tmp_path / "out")
+def test_the_logarithms_of_probabilities_are_taken_for_logits(tmp_path: Path) -> None:
+    network, steps = Probabilities(), list[str]()
+
+    bundle = export(network, torch.randn(2, 4), tmp_path / "out", progress=steps.append)
+
+    assert "found 1 exit, so no row can leave early: exit_0 = log(out[0])" in steps
+    assert "exit_0: these are probabilities, and their logarithms are taken for logits" in steps
+    x = torch.randn(3, 4)
+    assert_equal_to(bundle, [network(x)[0].log()], x=x)

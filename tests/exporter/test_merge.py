@@ -14,7 +14,9 @@ import torch
 from offramp_contract.calibration import CALIBRATION_FILE, Calibration
 from offramp_contract.errors import ExportError, ParityError, SplitError
 from offramp_contract.manifest import TextPreprocessing
-from offramp_contract.policy_spec import ConfidenceSpec, FixedSpec
+from offramp_contract.policy import Reason, Seen
+from offramp_contract.policy_spec import ConfidenceSpec, FixedSpec, NativeSpec
+from offramp_contract.statistics import Decision
 from offramp_exporter import export
 from offramp_exporter.boundary import crossings
 from offramp_exporter.merge import merge_exits, prove_merge, without_exits
@@ -313,6 +315,92 @@ def test_the_thresholds_of_the_default_policy_lose_the_dropped_exits(tmp_path: P
     assert merge_exits(listed, [1], tmp_path / "a").manifest.default_policy == ConfidenceSpec(threshold=(0.1, 0.3))
     assert merge_exits(fixed, [0], tmp_path / "b").manifest.default_policy == FixedSpec(exit=1)
     assert merge_exits(fixed, [1, 2], tmp_path / "c").manifest.default_policy == FixedSpec(exit=1)
+
+
+class Returning(nn.Module):
+    """Returns early: by a number, where three conditions meet, and by another number; all read one large table."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, width) / 3)
+        self.heads = nn.ModuleList([nn.Linear(width, 4) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, head in enumerate(self.heads[:3]):
+            h = (x @ self.table).tanh()
+            logits: Tensor = head(h)
+            p = logits.softmax(1)
+            if index == 1 and p.max() > 0.4 and p.argmax() != 3:
+                return logits
+            if index != 1 and p.max() > (0.45 if index == 0 else 0.36):
+                return logits
+            x = x + h @ self.table.T
+        return self.heads[3]((x @ self.table).tanh())  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def returning(tmp_path_factory: pytest.TempPathFactory) -> tuple[Returning, Bundle, Tensor]:
+    """That network, its bundle, whose weights are stored once, and inputs that together take all its exits."""
+    torch.manual_seed(0)
+    network, x = Returning().eval(), torch.randn(200, 8) * torch.linspace(0.1, 3, 200)[:, None]
+    return network, export(network, x[:4], tmp_path_factory.mktemp("returning") / "bundle"), x
+
+
+def _leave(bundle: Bundle, x: Tensor) -> tuple[list[int], list[np.ndarray]]:
+    """Let rows leave by the bundle's own rules; give the exit and the logits of each."""
+    native = bundle.manifest.native
+    answers = run_all_exits(StageExecutor(bundle, DEVICE), {"x": x.numpy()})
+    taken = np.full(len(x), len(answers) - 1)
+    for index in reversed(range(len(answers) - 1)):
+        assert native is not None
+        _, decision = answers[index]
+        seen = Seen(index, Decision(decision), np.zeros((len(x), index + 1), np.int32))
+        taken[native.policy(None)(seen) == Reason.NATIVE] = index
+    return taken.tolist(), [answers[index][0][row] for row, index in enumerate(taken)]
+
+
+@pytest.mark.parametrize("drop", _drops(4))
+def test_a_merged_bundle_leaves_by_the_networks_own_rules_at_the_exits_that_stay(
+    drop: tuple[int, ...], returning: tuple[Returning, Bundle, Tensor], tmp_path: Path
+) -> None:
+    _, bundle, x = returning
+    kept = [index for index in range(4) if index not in drop]
+    before, _ = _leave(bundle, x)
+    assert len(set(before)) == 4, "every exit is taken"
+
+    merged = merge_exits(bundle, drop, tmp_path / "merged")
+
+    after, logits = _leave(merged, x)
+    stays = [row for row, index in enumerate(before) if index not in drop]
+    assert [kept[after[row]] for row in stays] == [before[row] for row in stays]
+    assert all(kept[after[row]] > before[row] for row in range(len(x)) if row not in stays)
+    whole = _logits(bundle, {"x": x.numpy()})
+    for row in range(len(x)):
+        np.testing.assert_allclose(logits[row], whole[kept[after[row]]][row], rtol=1e-5, atol=1e-5)
+    assert [exit_.native for exit_ in merged.manifest.exits] == [bundle.manifest.exits[index].native for index in kept]
+    wanted = NativeSpec() if len(kept) > 1 else FixedSpec(exit=0)
+    assert merged.manifest.default_policy == wanted
+    assert {name for one in merged.manifest.predicates for name in one.answers} == {f"exit_{index}" for index in kept}
+
+
+def test_a_merged_bundle_stores_shared_weights_once_still(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, x = Returning(width=4096).eval(), torch.randn(4, 8)
+    bundle = export(network, x, tmp_path / "bundle")
+    assert bundle.manifest.shared_weights is not None
+
+    merged = merge_exits(bundle, [1], tmp_path / "merged")
+
+    shared = merged.manifest.shared_weights
+    assert shared is not None
+    assert (8, 4096) in [tensor.shape for tensor in shared.tensors]
+    content = b"".join(merged.read(file) for file in merged.manifest.files)
+    assert content.count(network.table.detach().numpy().tobytes()) == 1
+    _, logits = _leave(merged, x)
+    whole = _logits(bundle, {"x": x.numpy()})
+    taken, _ = _leave(merged, x)
+    for row, index in enumerate(taken):
+        np.testing.assert_allclose(logits[row], whole[(0, 2, 3)[index]][row], rtol=1e-5, atol=1e-5)
 
 
 def test_a_merged_bundle_says_what_it_was_and_has_no_calibration(

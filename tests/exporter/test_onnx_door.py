@@ -151,5 +151,113 @@ def test_an_exit_name_that_a_tensor_of_the_network_has_is_refused(tmp_path: Path
         export_onnx(tmp_path / "m.onnx", {"early": "a"}, tmp_path / "bundle")
 
 
+def stored_outside(path: Path, location: str, offset: int = 0, length: int = 128) -> Path:
+    """Let a weight of a file say that it lies elsewhere."""
+    model = onnx.load(write(path))
+    (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == "w0"]
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location, "offset": offset, "length": length}.items():
+        weight.external_data.add(key=key, value=str(value))
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_weights_beside_the_file_are_read_and_travel_with_the_bundle(tmp_path: Path) -> None:
+    (tmp_path / "w0.bin").write_bytes(np.ones((4, 8), np.float32).tobytes())
+    path = stored_outside(tmp_path / "m.onnx", "w0.bin")
+
+    bundle = export_onnx(path, ["scores", "out"], tmp_path / "bundle")
+    (tmp_path / "w0.bin").unlink()
+
+    answers = run_all_exits(
+        StageExecutor(bundle, open_device("cpu", threads=1)), {"image": np.ones((1, 4), np.float32)}
+    )
+    assert len(answers) == 2
+
+
+@pytest.mark.parametrize(
+    ("location", "offset", "length"),
+    [
+        ("../secret.bin", 0, 128),
+        ("/etc/hostname", 0, 128),
+        ("link.bin", 0, 128),
+        ("absent.bin", 0, 128),
+        (".", 0, 128),
+        ("w0.bin", 64, 128),
+        ("w0.bin", -1, 128),
+        ("w0.bin", 0, 2**60),
+    ],
+)
+def test_weights_are_read_from_nowhere_but_beside_the_file(
+    tmp_path: Path, location: str, offset: int, length: int
+) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    for file in (tmp_path / "secret.bin", beside / "w0.bin"):
+        file.write_bytes(np.ones((4, 8), np.float32).tobytes())
+    (beside / "link.bin").symlink_to(tmp_path / "secret.bin")
+
+    with pytest.raises(TraceError, match=r"'m.onnx' is no valid ONNX file"):
+        export_onnx(stored_outside(beside / "m.onnx", location, offset, length), ["scores", "out"], tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_sizes_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    model.graph.initializer[0].dims[0] = 2**40
+    onnx.save(model, tmp_path / "weight.onnx")
+    sizes = numpy_helper.from_array(np.array([2**20, 2**20]), "sizes")
+    computed = onnx.load(path)
+    computed.graph.initializer.append(sizes)
+    computed.graph.node.insert(0, helper.make_node("ConstantOfShape", ["sizes"], ["zeros"]))
+    computed.graph.node.insert(1, helper.make_node("ReduceSum", ["zeros"], ["zero"], keepdims=0))
+    computed.graph.node.append(helper.make_node("Add", ["out", "zero"], ["more"]))
+    onnx.save(computed, tmp_path / "computed.onnx")
+
+    with pytest.raises(TraceError, match="'image': a row of 1099511627776 numbers is too large; at most"):
+        export_onnx(write(tmp_path / "input.onnx", width=str(2**40)), ["scores", "out"], tmp_path / "bundle")
+    with pytest.raises(TraceError, match=r"'weight.onnx' is no valid ONNX file: .* is too small"):
+        export_onnx(tmp_path / "weight.onnx", ["scores", "out"], tmp_path / "bundle")
+    with pytest.raises(TraceError, match="the network fails at batch 1"):
+        export_onnx(tmp_path / "computed.onnx", ["scores", "more"], tmp_path / "bundle")
+
+
+def test_branches_in_the_graph_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    model = onnx.load(write(tmp_path / "m.onnx"))
+    branches = {
+        f"{name}_branch": helper.make_graph([helper.make_node(op, ["map"], [op])], op, [], [_info(op, ["N", 8])])
+        for name, op in (("then", "Neg"), ("else", "Identity"))
+    }
+    nodes = [
+        helper.make_node("ReduceMax", ["map"], ["most"], keepdims=0),
+        helper.make_node("Cast", ["most"], ["is_so"], to=TensorProto.BOOL),
+        helper.make_node("If", ["is_so"], ["chosen"], name="ask", **branches),
+        helper.make_node("MatMul", ["chosen", "w1"], ["answer"]),
+    ]
+    model.graph.node.extend(nodes)
+    onnx.save(model, tmp_path / "m.onnx")
+
+    with pytest.raises(ExportError, match=r"node 'ask' \(If\) branches or loops inside the graph.*without a condition"):
+        export_onnx(tmp_path / "m.onnx", ["scores", "answer"], tmp_path / "bundle")
+
+
+def test_functions_that_call_themselves_and_unknown_operators_are_refused(tmp_path: Path) -> None:
+    model = onnx.load(write(tmp_path / "m.onnx"))
+    model.opset_import.append(helper.make_opsetid("mine", 1))
+    model.graph.node.append(helper.make_node("Again", ["out"], ["more"], domain="mine"))
+    onnx.save(model, tmp_path / "unknown.onnx")
+    inside = [helper.make_node("Again", ["x"], ["y"], domain="mine")]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("mine", 1)]
+    model.functions.append(helper.make_function("mine", "Again", ["x"], ["y"], inside, opsets))
+    onnx.save(model, tmp_path / "recursive.onnx")
+
+    with pytest.raises(TraceError, match="ONNX Runtime refuses the ONNX file"):
+        export_onnx(tmp_path / "unknown.onnx", ["scores", "out"], tmp_path / "bundle")
+    with pytest.raises(TraceError, match=r"'recursive.onnx' is no valid ONNX file: .* must not be recursive"):
+        export_onnx(tmp_path / "recursive.onnx", ["scores", "out"], tmp_path / "bundle")
+
+
 def _info(name: str, shape: list[str | int]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
