@@ -27,11 +27,16 @@ SIGNIFICANCE = 0.01
 
 
 def check_labels(label_N: IntArray, manifest: Manifest, *, allow_missing_classes: bool = False) -> None:
-    """Check that there are enough samples, of every class.
+    """Check that there are enough samples, of every class, and that a label means one thing to every exit.
 
     Raises:
-        UnfitData: If there are not.
+        UnfitData: If not.
     """
+    if not manifest.has_common_classes:
+        raise UnfitData(
+            "labels: the exits of this model have different numbers of classes, so that no label is right or wrong at "
+            "all of them; export the exits of one width alone to calibrate them"
+        )
     num_classes = num_classes_of(manifest)
     if len(label_N) < LEAST_SAMPLES:
         samples = "1 sample is" if len(label_N) == 1 else f"{len(label_N)} samples are"

@@ -157,7 +157,7 @@ def timed_export(network: nn.Module, image: Tensor, out: Path) -> Iterator[tuple
     export(network, image, out, progress=lambda step: marks.append((step, time.perf_counter(), time.process_time())))
     marks.append(("", time.perf_counter(), time.process_time()))
     for (step, wall, cpu), (_, next_wall, next_cpu) in pairwise(marks):
-        yield step[:60], next_wall - wall, next_cpu - cpu
+        yield step.partition(":")[0], next_wall - wall, next_cpu - cpu
     yield "export, all of it", marks[-1][1] - marks[0][1], marks[-1][2] - marks[0][2]
 
 

@@ -21,6 +21,9 @@ _AS_THEY_STAND: Final = {
     *(_aten.max_pool2d.default, _aten.avg_pool2d.default, _aten.mean.dim, _aten.flatten.using_ints),
     *(_aten.add.Tensor, _aten.cat.default),
 }
+_WRITING: Final = {_aten.relu_.default: _aten.relu.default, _aten.add_.Tensor: _aten.add.Tensor}
+"""What writes into its first argument, and what gives the same as a value of its own."""
+
 _IN_TRAINING: Final = 5
 """Place of `training` among batch-norm's arguments; before it stand input, weight, bias, mean and variance."""
 
@@ -34,7 +37,10 @@ def translate(exported: ExportedProgram, input_names: Sequence[str], *, optimize
         optimize: Whether to fold constants and drop what does nothing.
     """
     table = gate_translations()
-    if all(_is_translated(node) for node in exported.graph.nodes if node.op not in ("placeholder", "output")):
+    nodes = [node for node in exported.graph.nodes if node.op not in ("placeholder", "output")]
+    if all(map(_is_translated, nodes)):
+        for node in nodes:
+            node.target = _WRITING.get(node.target, node.target)
         table = {_aten.batch_norm.default: _batch_norm, **table}
         exported.run_decompositions = lambda table=None: exported
     return torch.onnx.export(
@@ -48,10 +54,20 @@ def translate(exported: ExportedProgram, input_names: Sequence[str], *, optimize
 
 
 def _is_translated(node: torch.fx.Node) -> bool:
-    if node.op != "call_function" or node.target not in _AS_THEY_STAND:
+    if node.op != "call_function":
+        return False
+    if node.target in _WRITING:
+        return _is_read_once(node.args[0])
+    if node.target not in _AS_THEY_STAND:
         return False
     is_norm = node.target is _aten.batch_norm.default
     return not is_norm or (None not in node.args[:_IN_TRAINING] and not node.args[_IN_TRAINING])
+
+
+def _is_read_once(value: Any) -> bool:
+    """Tell whether writing into a value is seen by nobody: it is no view, and whoever writes is alone to read it."""
+    fresh = (_AS_THEY_STAND | _WRITING.keys()) - {_aten.flatten.using_ints}
+    return value.op == "call_function" and value.target in fresh and len(value.users) == 1
 
 
 def _batch_norm(  # noqa: PLR0917  (the arguments are aten's)

@@ -84,6 +84,13 @@ def test_at_most_five_missing_classes_are_named(named):
     check_labels(np.zeros(60, np.int64), named, allow_missing_classes=True)
 
 
+def test_exits_of_different_width_cannot_be_calibrated(named):
+    first, *others = named.exits
+    coarse = named.model_copy(update={"exits": (first.model_copy(update={"num_classes": 2}), *others)})
+    with pytest.raises(UnfitData, match="labels: the exits of this model have different numbers of classes"):
+        check_labels(np.arange(80) % 8, coarse)
+
+
 def test_too_few_samples_are_refused_even_where_classes_may_be_missing(named):
     with pytest.raises(UnfitData, match="1 sample is too few"):
         check_labels(np.zeros(1, np.int64), named, allow_missing_classes=True)
