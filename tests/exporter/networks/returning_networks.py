@@ -143,17 +143,20 @@ class Answer:
     logits: list[Tensor]
     features: list[Tensor]
     gates: Tensor
+    rejections: list[Tensor]
     depth: int
     extra: None = None
 
 
 class MuchBeside(Blocks):
-    """Logits beside features, gate probabilities, a number and None."""
+    """Logits beside features, gate probabilities, rejection scores, a number and None."""
 
     def forward(self, x: Tensor) -> Answer:
         kept = self.features(x)
         gates = torch.cat([h.mean(1, keepdim=True) for h in kept], 1).softmax(1)
-        return Answer([head(h) for head, h in zip(self.heads, kept, strict=True)], kept, gates, len(kept))
+        rejections = [h.amax(1, keepdim=True).sigmoid() for h in kept]
+        logits = [head(h) for head, h in zip(self.heads, kept, strict=True)]
+        return Answer(logits, kept, gates, rejections, len(kept))
 
 
 class Both(NamedTuple):
