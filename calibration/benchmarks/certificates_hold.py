@@ -44,6 +44,8 @@ def main(
 ) -> None:
     """Draw, certify, compare."""
     recorded = Trace.read(trace)
+    if recorded.passes:
+        raise typer.BadParameter("it is of a network with gates, whose walk goes over gate thresholds, not exits")
     # Of no draw, so that they favour none.
     population = Outcomes.of(recorded, fit_temperatures(recorded, np.arange(len(recorded))))
     full_depth = float(population.right_NE[:, -1].mean())
