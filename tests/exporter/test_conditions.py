@@ -197,6 +197,25 @@ class TakesTheNextInALoop(Blocks):
         return x
 
 
+class AsksInTurn(Blocks):
+    """How far the loop has come is nowhere but on Python's stack, and its two questions lead to the same line."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks[0](x).tanh()
+        high, low = y.max() > 0.9, y.min() < -0.5
+        for turn in (0, 1):
+            if turn == 0:
+                turn = 9  # noqa: PLW2901  (so that both questions find the same)
+                if high:
+                    continue
+            else:
+                turn = 9  # noqa: PLW2901
+                if low:
+                    continue
+            y = y * 2
+        return y
+
+
 class OnTheStack(Blocks):
     """What was answered is nowhere but on Python's stack while the next question is asked."""
 
@@ -219,7 +238,18 @@ def explored(kind: Callable[[], nn.Module]) -> tuple[Subject, Examples, Courses]
 
 MERGING = [And, Nested, AndOr, Otherwise, HelpsItself, While, AsksTheSameTwice]
 REMEMBERING = [
-    *(Votes, Counts, Remembers, Appends, WritesInPlace, Walrus, TakesTheNext, TakesTheNextInALoop, OnTheStack),
+    *(
+        Votes,
+        Counts,
+        Remembers,
+        Appends,
+        WritesInPlace,
+        Walrus,
+        TakesTheNext,
+        TakesTheNextInALoop,
+        AsksInTurn,
+        OnTheStack,
+    ),
 ]
 
 
