@@ -79,10 +79,7 @@ def evaluate(
     points = _points(calibration.operating_points, by_threshold, milliseconds, progress)
     by_name = {point.name: point for point in points}
     exit_names = [exit_.name for exit_ in manifest.exits]
-    static = tuple(
-        MeasuredPoint.of(name, SAME_EXIT, replay(FixedSpec(exit=index), outcomes), milliseconds)
-        for index, name in enumerate(exit_names)
-    )
+    static = _static(exit_names, outcomes, milliseconds)
     budgets = budget_results(calibration.operating_points, points)
     advice = None if judge is None or chosen.policy is None else judge(outcomes, chosen.policy)
     return Evaluation(
@@ -120,6 +117,16 @@ def evaluate(
         provenance=provenance,
         advice=advice,
         gates=GateResults.of(trace, manifest, by_threshold) if trace.passes else None,
+    )
+
+
+def _static(
+    exit_names: Sequence[str], outcomes: Outcomes, milliseconds: Sequence[float] | None
+) -> tuple[MeasuredPoint, ...]:
+    """Measure the same exit for everyone, for each exit."""
+    return tuple(
+        MeasuredPoint.of(name, SAME_EXIT, replay(FixedSpec(exit=index), outcomes), milliseconds)
+        for index, name in enumerate(exit_names)
     )
 
 

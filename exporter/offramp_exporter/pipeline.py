@@ -28,7 +28,7 @@ from offramp_exporter.publish import published
 from offramp_exporter.row_independence import prove_rows_independent
 from offramp_exporter.specialize import specialize
 from offramp_exporter.split import split
-from offramp_exporter.trace import evaluating, trace
+from offramp_exporter.trace import Trace, evaluating, trace
 from offramp_exporter.varied import prove_varied
 from offramp_exporter.verify import load, prove_parity, prove_structure
 from offramp_exporter.write import Description, record_proof, write_bundle
@@ -89,22 +89,10 @@ def export(
     with evaluating(module), published(Path(out), overwrite) as folder:
         report(f"tracing {type(module).__name__}")
         traced = trace(module, example_inputs, exits, None if labels is None else len(labels), gates)
-        found = ", ".join(f"{exit_} = {path}" for exit_, path in traced.paths.items())
-        report(
-            f"found {len(traced.paths)} exit{'s' if len(traced.paths) > 1 else ', so no row can leave early'}: {found}"
-        )
-        for note in traced.notes:
-            report(note)
-        provenance = Provenance(
-            source=f"{type(module).__module__}.{type(module).__qualname__}",
-            parameters=sum(parameter.numel() for parameter in module.parameters()),
-            opset=traced.program.opset,
-            versions=_versions("torch", "onnx", "onnxscript", "onnxruntime"),
-            training=dict(training or {}),
-        )
+        _report_found(traced, report)
         description = Description(
             name or _model_name(type(module).__name__),
-            provenance,
+            _provenance(module, traced, training),
             labels,
             preprocessing,
             None if tokenizer is None else Path(tokenizer),
@@ -116,7 +104,6 @@ def export(
         def network(inputs: Examples) -> list[FloatArray]:
             return [scores_BC.detach().cpu().numpy() for scores_BC in inputs.call(traced.network)]
 
-        device = open_device("cpu")
         _write_and_prove(
             folder,
             traced.program,
@@ -124,7 +111,7 @@ def export(
             traced.examples,
             given=given,
             own=traced.returns,
-            device=device,
+            device=open_device("cpu"),
             description=description,
             report=report,
         )
@@ -202,6 +189,23 @@ def export_onnx(
     return open_bundle(Path(out))
 
 
+def _report_found(traced: Trace, report: Progress) -> None:
+    found = ", ".join(f"{exit_} = {path}" for exit_, path in traced.paths.items())
+    report(f"found {len(traced.paths)} exit{'s' if len(traced.paths) > 1 else ', so no row can leave early'}: {found}")
+    for note in traced.notes:
+        report(note)
+
+
+def _provenance(module: nn.Module, traced: Trace, training: Mapping[str, Any] | None) -> Provenance:
+    return Provenance(
+        source=f"{type(module).__module__}.{type(module).__qualname__}",
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        opset=traced.program.opset,
+        versions=_versions("torch", "onnx", "onnxscript", "onnxruntime"),
+        training=dict(training or {}),
+    )
+
+
 def _write_and_prove(
     folder: Path,
     program: Program,
@@ -214,12 +218,12 @@ def _write_and_prove(
     given: Examples | None = None,
     own: Own | None = None,
 ) -> None:
-    report(f"cutting {len(program.nodes)} nodes into {len(program.exits)} stages")
     specialized = specialize(program)
     if specialized.gating is not None:
         names = [gate.name for gate in specialized.gating.gates]
         report(f"found {len(names)} gate{'s' if len(names) != 1 else ''}: {', '.join(names)}")
     plans = split(specialized)
+    report(f"cutting {len(specialized.nodes)} nodes into {len(plans)} stages")
     prove_structure(specialized, plans)
     prove_spared(program, specialized, plans)
     batches = find_batch_range(network, examples)

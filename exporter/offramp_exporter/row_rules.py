@@ -12,7 +12,7 @@ from onnx import NodeProto
 from offramp_exporter.gates import OPERATOR
 from offramp_exporter.row_rules_linear import LINEAR_RULES
 from offramp_exporter.row_rules_shape import SHAPE_RULES
-from offramp_exporter.rows import Batch, Rule
+from offramp_exporter.rows import Batch, NoRule, Rule
 from offramp_exporter.sizes import attribute
 
 _ELEMENTWISE: Final = (
@@ -57,7 +57,7 @@ def _from_right(batch: Batch, value: str) -> int | None:
 def _by_row(batch: Batch, node: NodeProto) -> None:
     """Rows are axis 0, and each is computed alone."""
     if any(batch.is_data(name) for name in node.input[1:]) or len(node.output) > 1:
-        raise NotImplementedError
+        raise NoRule
     batch.copy_folded(node, [batch.folded(node.input[0]), *node.input[1:]])
 
 

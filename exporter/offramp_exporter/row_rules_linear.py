@@ -6,7 +6,7 @@ from typing import Final
 
 from onnx import NodeProto
 
-from offramp_exporter.rows import Batch, Rule
+from offramp_exporter.rows import Batch, NoRule, Rule
 from offramp_exporter.sizes import attribute
 
 
@@ -15,7 +15,7 @@ def _gemm(batch: Batch, node: NodeProto) -> None:
     added = weights[1] if len(weights) > 1 and weights[1] else None
     is_plain = batch.is_data(rows) and not attribute(node, "transA", 0) and not batch.is_data(weights[0])
     if not is_plain or (added is not None and (batch.is_data(added) or _has_rows(batch.shape(added)))):
-        raise NotImplementedError
+        raise NoRule
     batch.copy_folded(node, [batch.folded(rows), *weights])
 
 
@@ -74,7 +74,7 @@ def _vectors(batch: Batch, node: NodeProto) -> None:
             held = batch.add("Unsqueeze", [held, batch.numbers([axis])])
             gone.append(-2 if place == 0 else -1)
         elif len(shape) > 2:
-            raise NotImplementedError
+            raise NoRule
         names.append(held)
     product = batch.add("MatMul", names)
     batch.add("Squeeze", [product, batch.numbers(gone)], node.output[0])
@@ -84,7 +84,7 @@ def _vectors(batch: Batch, node: NodeProto) -> None:
 def _einsum(batch: Batch, node: NodeProto) -> None:
     equation = next(held.s.decode() for held in node.attribute if held.name == "equation").replace(" ", "")
     if "..." in equation or "->" not in equation:
-        raise NotImplementedError
+        raise NoRule
     terms, result = equation.split("->")
     letter = next(one for one in ascii_letters if one not in equation)
     marked = [
@@ -97,7 +97,7 @@ def _einsum(batch: Batch, node: NodeProto) -> None:
 
 def _recurrent(batch: Batch, node: NodeProto) -> None:
     if attribute(node, "layout", 0) or (len(node.input) > 4 and node.input[4]):
-        raise NotImplementedError
+        raise NoRule
     inputs = [batch.at(node.input[0], 1), *node.input[1:]]
     for place in range(5, min(len(inputs), 7)):  # the states at the start
         name = inputs[place]
@@ -111,9 +111,9 @@ def _recurrent(batch: Batch, node: NodeProto) -> None:
 
 def _attention(batch: Batch, node: NodeProto) -> None:
     if len([output for output in node.output if output]) > 1 or len(node.input) > 4:
-        raise NotImplementedError
+        raise NoRule
     if not all(batch.is_data(name) for name in node.input[:3]):
-        raise NotImplementedError
+        raise NoRule
     inputs = [batch.at(name, 0) if name and batch.is_data(name) else name for name in node.input]
     batch.copy(node, inputs)
     batch.hold(node.output[0], 0)

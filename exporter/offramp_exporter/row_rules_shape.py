@@ -5,7 +5,7 @@ from typing import Final
 
 from onnx import NodeProto
 
-from offramp_exporter.rows import Batch, Rule
+from offramp_exporter.rows import Batch, NoRule, Rule
 from offramp_exporter.sizes import attribute
 
 
@@ -143,7 +143,7 @@ def _look_up(batch: Batch, node: NodeProto) -> None:
     along = attribute(node, "axis", 0) % len(batch.shape(table))
     held = batch.held(indices)
     if held.axis is None and along:
-        raise NotImplementedError
+        raise NoRule
     batch.copy(node, [table, held.name])
     batch.hold(node.output[0], None if held.axis is None else along + held.axis)
 
@@ -152,7 +152,7 @@ def _gather_each(batch: Batch, node: NodeProto) -> None:
     """Pick from each row by its own numbers."""
     table, indices = node.input[:2]
     if attribute(node, "axis", 0) % len(batch.shape(table)):
-        raise NotImplementedError
+        raise NoRule
     rank = len(batch.shape(indices))
     numbers = batch.add("Unsqueeze", [batch.lifted(indices), batch.numbers([rank + 1])])
     batch.add("GatherND", [batch.lifted(table), numbers], node.output[0], batch_dims=1)
@@ -248,7 +248,7 @@ def _resize(batch: Batch, node: NodeProto) -> None:
     value, output = node.input[0], node.output[0]
     rank = len(batch.shape(value))
     if any(held.name == "axes" for held in node.attribute) or batch.shape(value)[0] != 1:
-        raise NotImplementedError
+        raise NoRule
     inputs = [batch.at(value, 0), *node.input[1:]]
     if len(inputs) > 3 and inputs[3]:  # sizes, the batch's among them
         inputs[3] = batch.numbers(batch.constant(inputs[3])[1:])

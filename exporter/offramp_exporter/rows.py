@@ -218,6 +218,11 @@ class Batch:
 
 
 Rule: TypeAlias = Callable[[Batch, NodeProto], None]
+"""Writes into a batch what a node of the one-row graph does; raises `NoRule` where it cannot."""
+
+
+class NoRule(Exception):
+    """An operator is used in a way that no rule computes for every row as if it were alone."""
 
 
 def per_row(one: OneRow, rules: Callable[[str], Rule | None]) -> ModelProto:
@@ -238,9 +243,9 @@ def per_row(one: OneRow, rules: Callable[[str], Rule | None]) -> ModelProto:
         rule = rules(node.op_type) if not node.domain or is_gate(node) else None
         try:
             if rule is None:
-                raise NotImplementedError
+                raise NoRule
             rule(batch, node)
-        except (NotImplementedError, KeyError, ValueError, IndexError) as error:
+        except (NoRule, KeyError, ValueError, IndexError) as error:  # a shape or constant that is not known, too
             raise TraceError(_sentence(node)) from error
     return batch.model()
 
