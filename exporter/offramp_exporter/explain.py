@@ -16,14 +16,14 @@ from torch import nn
 from offramp_exporter.batch_range import BatchRange, Reference, find_batch_range
 from offramp_exporter.boundary import Crossing, crossings
 from offramp_exporter.cost import carried, carry_bytes, stage_flops
-from offramp_exporter.early_return import raising_note
+from offramp_exporter.early_returns.early_return import raising_note
 from offramp_exporter.examples import ExampleInputs, Examples
 from offramp_exporter.exits import ExitNames
-from offramp_exporter.gate_proof import prove_spared
+from offramp_exporter.gating.proof import prove_spared
+from offramp_exporter.gating.specialize import specialize
 from offramp_exporter.onnx_door import program_of_file, read_onnx, whole_graph_reference
 from offramp_exporter.program import Program
 from offramp_exporter.shared import share
-from offramp_exporter.specialize import specialize
 from offramp_exporter.split import StagePlan, split
 from offramp_exporter.trace import Trace, evaluating, trace
 from offramp_exporter.verify import prove_structure

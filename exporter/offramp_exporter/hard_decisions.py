@@ -4,7 +4,7 @@ from typing import Final
 
 from onnx import TensorProto
 
-from offramp_exporter.gates import is_gate
+from offramp_exporter.gating.marks import is_gate
 from offramp_exporter.program import Program
 from offramp_exporter.refusal import line_of_node
 from offramp_exporter.split import Kind, classify

@@ -16,17 +16,17 @@ from offramp_runtime import Bundle, Device, open_bundle, open_device
 from torch import nn
 
 from offramp_exporter.batch_range import Reference, find_batch_range
+from offramp_exporter.early_returns.native_proof import Own
 from offramp_exporter.examples import ExampleInputs, Examples, read_examples
 from offramp_exporter.exits import ExitNames
-from offramp_exporter.gate_proof import prove_gates, prove_spared
+from offramp_exporter.gating.interpret import Interpreter
+from offramp_exporter.gating.proof import prove_gates, prove_spared
+from offramp_exporter.gating.specialize import specialize
 from offramp_exporter.given import read_given
-from offramp_exporter.interpret import Interpreter
-from offramp_exporter.native_proof import Own
 from offramp_exporter.onnx_door import program_of_file, read_onnx, whole_graph_reference
 from offramp_exporter.program import Program
 from offramp_exporter.publish import published
 from offramp_exporter.row_independence import prove_rows_independent
-from offramp_exporter.specialize import specialize
 from offramp_exporter.split import split
 from offramp_exporter.trace import Trace, evaluating, trace
 from offramp_exporter.varied import prove_varied

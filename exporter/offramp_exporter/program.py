@@ -25,7 +25,7 @@ from onnx import (
     version_converter,
 )
 
-from offramp_exporter.gates import DOMAIN, GateMark, Gating, marks_of
+from offramp_exporter.gating.marks import DOMAIN, GateMark, Gating, marks_of
 from offramp_exporter.repair import without_idle_squeezes
 from offramp_exporter.sizes import replace_shape_reads
 from offramp_exporter.stacks import Unstacking

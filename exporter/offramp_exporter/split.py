@@ -3,7 +3,7 @@
 In the order of the exits, stage k is the nodes that exit k needs and no earlier stage holds; what it makes and later
 stages read crosses the boundary. Program order plays no part: heads may come last, layers may keep outputs for later,
 exits may read earlier exits' scores. Where there are gates, these nodes fall into several stages
-(`offramp_exporter.gated_stages`): each body is one of its own.
+(`offramp_exporter.gating.stages`): each body is one of its own.
 
 Two kinds of values never cross. *Constants* depend on no input, and *sizes* only on the batch size, which changes at
 every boundary: each stage that reads one computes it for itself.
@@ -18,8 +18,8 @@ from typing import Final
 from offramp_contract.errors import SplitError
 from onnx import AttributeProto, NodeProto
 
-from offramp_exporter.gated_stages import depends_on, stages_of
-from offramp_exporter.gates import MergedValue
+from offramp_exporter.gating.marks import MergedValue
+from offramp_exporter.gating.stages import depends_on, stages_of
 from offramp_exporter.program import Program
 from offramp_exporter.refusal import line_of_node
 from offramp_exporter.sizes import BATCH_SIZE

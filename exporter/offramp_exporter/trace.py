@@ -15,22 +15,22 @@ from offramp_contract.manifest import Predicate
 from onnx import ModelProto
 from torch import nn
 
-from offramp_exporter.courses import Course, Courses, Subject, explore, subject_of, take
 from offramp_exporter.decompositions import decomposed
 from offramp_exporter.depth_order import in_order_of_depth
-from offramp_exporter.early_return import EarlyReturns, raising_note, trace_early_returns
+from offramp_exporter.early_returns.courses import Course, Courses, Subject, explore, subject_of, take
+from offramp_exporter.early_returns.early_return import EarlyReturns, raising_note, trace_early_returns
+from offramp_exporter.early_returns.retold import Told
 from offramp_exporter.examples import ExampleInputs, Examples, read_examples
 from offramp_exporter.exit_paths import ExitPath
 from offramp_exporter.exits import Chosen, ExitNames, choose_exits, is_square_stack, with_probabilities
 from offramp_exporter.forward_mode import ForwardMode, home_of, plain_calls
 from offramp_exporter.garbage import collected_later
+from offramp_exporter.gating.returned import choose_gates, mark_decisions, prove_used
 from offramp_exporter.hard_decisions import hard_decisions
 from offramp_exporter.program import Program, program_of_model
 from offramp_exporter.quiet import overhearing
 from offramp_exporter.refusal import StaticBatch, explain, is_data_dependent, refusal
 from offramp_exporter.repeatable import prove_repeatable, reachable, restored
-from offramp_exporter.retold import Told
-from offramp_exporter.returned_gates import choose_gates, mark_decisions, prove_used
 from offramp_exporter.staged import staged_parts
 from offramp_exporter.translations import translate
 

@@ -12,7 +12,7 @@ from onnxscript import opset18
 from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
-from offramp_exporter.gates import gate_translations
+from offramp_exporter.gating.marks import gate_translations
 
 _aten = torch.ops.aten
 

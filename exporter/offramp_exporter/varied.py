@@ -7,8 +7,8 @@ from offramp_runtime import StageExecutor
 
 from offramp_exporter.batch_range import Reference
 from offramp_exporter.coverage import Effort, cover
+from offramp_exporter.early_returns.native_proof import NEAR, Own, goal_of, prove_native
 from offramp_exporter.examples import Examples
-from offramp_exporter.native_proof import NEAR, Own, goal_of, prove_native
 from offramp_exporter.verify import prove_covered, tolerance_of
 
 

@@ -4,7 +4,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from offramp_exporter.courses import Answers, Course, Courses, Subject, explore, standing_for, subject_of, take
+from offramp_exporter.early_returns.courses import (
+    Answers,
+    Course,
+    Courses,
+    Subject,
+    explore,
+    standing_for,
+    subject_of,
+    take,
+)
 from offramp_exporter.examples import Examples
 from torch import Tensor, nn
 

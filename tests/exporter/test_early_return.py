@@ -31,7 +31,7 @@ from offramp_contract.errors import InvalidValue, TraceError
 from offramp_contract.policy import Reason
 from offramp_contract.policy_spec import NativeSpec
 from offramp_exporter import export
-from offramp_exporter.courses import MAX_COURSES
+from offramp_exporter.early_returns.courses import MAX_COURSES
 from offramp_exporter.examples import Examples
 from offramp_exporter.trace import trace
 from offramp_runtime import open_bundle

@@ -47,8 +47,8 @@ from offramp_contract.gates import OPEN, SHUT, gate_thresholds
 from offramp_contract.manifest import Manifest
 from offramp_exporter import explain, export
 from offramp_exporter.examples import Examples
-from offramp_exporter.gate_proof import prove_gates
-from offramp_exporter.interpret import Interpreter
+from offramp_exporter.gating.interpret import Interpreter
+from offramp_exporter.gating.proof import prove_gates
 from offramp_exporter.trace import trace
 from offramp_runtime import Bundle, Outcome, StageExecutor, open_device, run_gated
 from torch import Tensor, nn

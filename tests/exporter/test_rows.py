@@ -11,10 +11,10 @@ import torch
 from offramp_contract.errors import TraceError
 from offramp_exporter import export
 from offramp_exporter.decompositions import decomposed
-from offramp_exporter.one_row import OneRow
 from offramp_exporter.quiet import overhearing
-from offramp_exporter.row_rules import rule_of
-from offramp_exporter.rows import per_row
+from offramp_exporter.rows.batch import per_row
+from offramp_exporter.rows.one_row import OneRow
+from offramp_exporter.rows.rules import rule_of
 from onnx import ModelProto
 from torch import Tensor, nn
 from torch.nn import functional as F

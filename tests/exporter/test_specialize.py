@@ -10,12 +10,12 @@ from offramp_contract.errors import SplitError
 from offramp_exporter.boundary import crossings
 from offramp_exporter.cost import carry_bytes
 from offramp_exporter.examples import Examples
-from offramp_exporter.fold import Constants, Folding
-from offramp_exporter.gate_proof import prove_spared
-from offramp_exporter.gates import register_operator
-from offramp_exporter.interpret import Interpreter
+from offramp_exporter.gating.fold import Constants, Folding
+from offramp_exporter.gating.interpret import Interpreter
+from offramp_exporter.gating.marks import register_operator
+from offramp_exporter.gating.proof import prove_spared
+from offramp_exporter.gating.specialize import specialize
 from offramp_exporter.program import Program, program_of_model
-from offramp_exporter.specialize import specialize
 from offramp_exporter.split import split
 from offramp_exporter.verify import prove_structure
 from offramp_runtime import open_device

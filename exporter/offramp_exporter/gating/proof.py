@@ -17,9 +17,9 @@ from offramp_runtime import StageExecutor, run_gated
 from offramp_exporter.batch_range import Reference
 from offramp_exporter.cost import node_flops, stage_flops
 from offramp_exporter.examples import Examples
-from offramp_exporter.fold import Constants, Folding, Known
-from offramp_exporter.gates import Gating
-from offramp_exporter.interpret import Interpreter
+from offramp_exporter.gating.fold import Constants, Folding, Known
+from offramp_exporter.gating.interpret import Interpreter
+from offramp_exporter.gating.marks import Gating
 from offramp_exporter.program import Program
 from offramp_exporter.refusal import explain
 from offramp_exporter.split import Kind, StagePlan, label

@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 from offramp_contract.errors import SplitError
 from onnx import NodeProto
 
-from offramp_exporter.gates import Gating, MergedValue
+from offramp_exporter.gating.marks import Gating, MergedValue
 from offramp_exporter.program import Program
 
 Gates: TypeAlias = tuple[int, ...]

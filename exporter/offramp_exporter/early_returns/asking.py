@@ -16,7 +16,7 @@ from offramp_contract.errors import TraceError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from offramp_exporter.conditions import Conditions
+from offramp_exporter.early_returns.conditions import Conditions
 from offramp_exporter.refusal import is_users_code, spell_line
 
 _TRUTH: Final[set[Callable[..., Any]]] = {Tensor.__bool__, Tensor.is_nonzero, torch.is_nonzero}

@@ -13,9 +13,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from offramp_exporter.exit_paths import ExitPath, find_all
 from offramp_exporter.exits import ExitNames
-from offramp_exporter.gates import DOMAIN, OPERATOR, marks_of, numbered, register_operator
-from offramp_exporter.one_row import deduplicated
+from offramp_exporter.gating.marks import DOMAIN, OPERATOR, marks_of, numbered, register_operator
 from offramp_exporter.program import Program
+from offramp_exporter.rows.one_row import deduplicated
 from offramp_exporter.sizes import attribute, int64_constant
 
 THRESHOLD: Final = 0.5

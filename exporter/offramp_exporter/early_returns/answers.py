@@ -8,7 +8,7 @@ import torch
 from offramp_contract.errors import TraceError
 from torch import nn
 
-from offramp_exporter.courses import Course, is_answer
+from offramp_exporter.early_returns.courses import Course, is_answer
 from offramp_exporter.exit_paths import ExitPath, find_all, walk
 from offramp_exporter.exits import ADAPTER, ExitNames, describe, holds_probabilities
 

@@ -13,10 +13,10 @@ import numpy as np
 from offramp_contract.errors import SplitError
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from offramp_exporter.fold import PHI, Constants, Folding, Known, Resolved
-from offramp_exporter.gates import DOMAIN, GateMark, PlannedGate, numbered
+from offramp_exporter.gating.fold import PHI, Constants, Folding, Known, Resolved
+from offramp_exporter.gating.marks import DOMAIN, GateMark, PlannedGate, numbered
+from offramp_exporter.gating.regions import in_order, in_regions
 from offramp_exporter.program import Program
-from offramp_exporter.regions import in_order, in_regions
 from offramp_exporter.sizes import BATCH_SIZE, int64_constant
 from offramp_exporter.split import Kind, label
 from offramp_exporter.values import Rows, Shape, spell

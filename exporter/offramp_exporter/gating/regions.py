@@ -13,8 +13,8 @@ from offramp_contract.errors import SplitError
 from onnx import NodeProto, helper
 
 from offramp_exporter.cost import node_flops
-from offramp_exporter.fold import PHI
-from offramp_exporter.gates import DOMAIN, Gating, MergedValue, PlannedGate, numbered
+from offramp_exporter.gating.fold import PHI
+from offramp_exporter.gating.marks import DOMAIN, Gating, MergedValue, PlannedGate, numbered
 from offramp_exporter.program import Program
 from offramp_exporter.values import Shape
 

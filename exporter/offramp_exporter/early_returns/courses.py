@@ -14,8 +14,8 @@ import torch
 from offramp_contract.errors import TraceError
 from torch import nn
 
-from offramp_exporter.asking import Asked, Event, Listening, Retelling, TooManyQuestions, weights_of
-from offramp_exporter.conditions import Conditions
+from offramp_exporter.early_returns.asking import Asked, Event, Listening, Retelling, TooManyQuestions, weights_of
+from offramp_exporter.early_returns.conditions import Conditions
 from offramp_exporter.examples import Examples
 from offramp_exporter.exit_paths import walk
 from offramp_exporter.exits import ADAPTER

@@ -1,4 +1,4 @@
-"""Rules for products, recurrences and attention: see `offramp_exporter.row_rules`."""
+"""Rules for products, recurrences and attention: see `offramp_exporter.rows.rules`."""
 
 from collections.abc import Mapping
 from string import ascii_letters
@@ -6,7 +6,7 @@ from typing import Final
 
 from onnx import NodeProto
 
-from offramp_exporter.rows import Batch, NoRule, Rule
+from offramp_exporter.rows.batch import Batch, NoRule, Rule
 from offramp_exporter.sizes import attribute
 
 

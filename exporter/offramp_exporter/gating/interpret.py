@@ -10,7 +10,7 @@ from offramp_runtime import Device
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from offramp_exporter.examples import Examples
-from offramp_exporter.gates import is_gate
+from offramp_exporter.gating.marks import is_gate
 from offramp_exporter.program import Program
 from offramp_exporter.sizes import BATCH_SIZE
 from offramp_exporter.values import Rows, Shape

@@ -9,10 +9,10 @@ from typing import Final
 
 from onnx import NodeProto
 
-from offramp_exporter.gates import OPERATOR
-from offramp_exporter.row_rules_linear import LINEAR_RULES
-from offramp_exporter.row_rules_shape import SHAPE_RULES
-from offramp_exporter.rows import Batch, NoRule, Rule
+from offramp_exporter.gating.marks import OPERATOR
+from offramp_exporter.rows.batch import Batch, NoRule, Rule
+from offramp_exporter.rows.rules_linear import LINEAR_RULES
+from offramp_exporter.rows.rules_shape import SHAPE_RULES
 from offramp_exporter.sizes import attribute
 
 _ELEMENTWISE: Final = (

@@ -19,24 +19,32 @@ from onnx import ModelProto, helper
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import nn
 
-from offramp_exporter.answers import answer_paths, scores_at
-from offramp_exporter.courses import Answers, Course, Courses, Subject, carried, standing_for, take
 from offramp_exporter.coverage import NOT_ASKED, Behaviour
 from offramp_exporter.decompositions import decomposed
+from offramp_exporter.early_returns.answers import answer_paths, scores_at
+from offramp_exporter.early_returns.courses import Answers, Course, Courses, Subject, carried, standing_for, take
+from offramp_exporter.early_returns.exit_rules import (
+    Leaf,
+    NetworkExit,
+    Rule,
+    asked_in,
+    exits_of,
+    predicates_of,
+    rules_of,
+)
+from offramp_exporter.early_returns.native_score import ScoreWriter, comparisons_in
+from offramp_exporter.early_returns.retold import EveryCourse, EveryExit, questions_on
 from offramp_exporter.examples import Examples
 from offramp_exporter.exit_paths import ExitPath
-from offramp_exporter.exit_rules import Leaf, NetworkExit, Rule, asked_in, exits_of, predicates_of, rules_of
 from offramp_exporter.exits import ExitNames
 from offramp_exporter.forward_mode import ForwardMode, home_of
-from offramp_exporter.native_score import ScoreWriter, comparisons_in
-from offramp_exporter.one_row import OneRow, deduplicated
 from offramp_exporter.program import Program, program_of_model
 from offramp_exporter.quiet import overhearing
 from offramp_exporter.refusal import refusal
 from offramp_exporter.repeatable import prove_repeatable
-from offramp_exporter.retold import EveryCourse, EveryExit, questions_on
-from offramp_exporter.row_rules import rule_of
-from offramp_exporter.rows import per_row
+from offramp_exporter.rows.batch import per_row
+from offramp_exporter.rows.one_row import OneRow, deduplicated
+from offramp_exporter.rows.rules import rule_of
 from offramp_exporter.translations import translate
 
 _NATIVE: Final = ".native"

@@ -25,7 +25,7 @@ _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None), range)
 _WAYS_ON: Final = {"JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT", "JUMP_ABSOLUTE"}
 _NOTHING: Final = {"NOP", "EXTENDED_ARG", "NOT_TAKEN", "CACHE", "RESUME"}
 _MODULES_OWN: Final = frozenset(vars(nn.Module()))
-_OURS: Final = tuple(str(Path(place).parent) for place in (torch.__file__, __file__))
+_OURS: Final = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 State: TypeAlias = tuple[object, ...]
 

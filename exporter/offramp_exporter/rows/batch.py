@@ -3,7 +3,7 @@
 What `forward` does with one row is the network's meaning where its code is written for one: `logits.squeeze()`,
 `probs[0]`, `conf.max()` over all there is. So it is traced with one row, and the batch is put in here, node by node.
 A value's batch lies on one of its axes that has size 1, or, where the code has given that axis up, on a new axis 0.
-The rules for the operators are in `offramp_exporter.row_rules`; each is exact, and one that is missing is a refusal.
+The rules for the operators are in `offramp_exporter.rows.rules`; each is exact, and one that is missing is a refusal.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ from offramp_contract.errors import TraceError
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from offramp_exporter.exits import ADAPTER
-from offramp_exporter.gates import is_gate
-from offramp_exporter.one_row import OneRow, fresh_names
+from offramp_exporter.gating.marks import is_gate
 from offramp_exporter.refusal import line_of_node
+from offramp_exporter.rows.one_row import OneRow, fresh_names
 from offramp_exporter.sizes import int64_constant
 
 BATCH: Final = "batch"

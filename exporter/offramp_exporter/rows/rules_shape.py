@@ -1,11 +1,11 @@
-"""Rules for the operators that move, cut and join: see `offramp_exporter.row_rules`."""
+"""Rules for the operators that move, cut and join: see `offramp_exporter.rows.rules`."""
 
 from collections.abc import Mapping
 from typing import Final
 
 from onnx import NodeProto
 
-from offramp_exporter.rows import Batch, NoRule, Rule
+from offramp_exporter.rows.batch import Batch, NoRule, Rule
 from offramp_exporter.sizes import attribute
 
 

@@ -11,8 +11,8 @@ from typing import TypeAlias
 
 from offramp_contract.native import Predicate
 
-from offramp_exporter.asking import Asked
-from offramp_exporter.courses import Answers, Course, Courses, standing_for
+from offramp_exporter.early_returns.asking import Asked
+from offramp_exporter.early_returns.courses import Answers, Course, Courses, standing_for
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from offramp_exporter.answers import scores_at
-from offramp_exporter.asking import Event, Retelling
-from offramp_exporter.courses import Answers, Course, Subject, take_again
+from offramp_exporter.early_returns.answers import scores_at
+from offramp_exporter.early_returns.asking import Event, Retelling
+from offramp_exporter.early_returns.courses import Answers, Course, Subject, take_again
 from offramp_exporter.examples import Examples
 from offramp_exporter.exit_paths import ExitPath
 from offramp_exporter.forward_mode import plain_calls

@@ -13,8 +13,8 @@ import numpy as np
 from offramp_contract.native import NativeRule, Precision
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from offramp_exporter.exit_rules import Choice, Rule
-from offramp_exporter.one_row import OneRow
+from offramp_exporter.early_returns.exit_rules import Choice, Rule
+from offramp_exporter.rows.one_row import OneRow
 from offramp_exporter.sizes import int64_constant
 
 _FLOATS: Final[dict[int, Precision]] = {
