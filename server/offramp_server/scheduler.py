@@ -106,19 +106,22 @@ class _Candidate(Generic[W]):
     slack_s: float
     own_slack_s: float
     size: int = 1
-    predicted_s: float = 0.0
     efficiency: float = 1.0
     breaks_a_promise: bool = False
 
+    @property
+    def predicted_s(self) -> float:
+        """Seconds its dispatch will rarely exceed."""
+        return self.queue.profile.bound_s(self.queue.key.stage, self.size)
+
     def settle(self, size: int, others_s: float) -> None:
-        """Fix the size of its batch, and so the seconds it will rarely exceed, beside the slack of all others.
+        """Fix the size of its batch, beside the slack of all others.
 
         Its efficiency is the share of the stage's best throughput that it reaches; near enough counts as all.
         """
         stage = self.queue.profile.stages[self.queue.key.stage]
         share = (size / stage.mean_s(size)) / (stage.knee / stage.mean_s(stage.knee))
-        self.size, self.predicted_s = size, stage.bound_s(size)
-        self.efficiency = 1.0 if share >= PEAK_SHARE else share
+        self.size, self.efficiency = size, 1.0 if share >= PEAK_SHARE else share
         self.breaks_a_promise = self.predicted_s > others_s
 
     def may_join(self, other: "_Candidate[W]") -> bool:
@@ -223,7 +226,7 @@ class Scheduler(Generic[W]):
         fair = self._within_share(waiting)
         if len(waiting) == 1:
             only = waiting[0]
-            only.settle(self._batch_size(only.queue, only.own_slack_s), math.inf)
+            only.size = self._batch_size(only.queue, only.own_slack_s)
             return self._pop(only, now)
         least_s, second_s = sorted(candidate.slack_s for candidate in waiting)[:2]
         for candidate in waiting:

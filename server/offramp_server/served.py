@@ -21,8 +21,6 @@ Clock: TypeAlias = Callable[[], float]
 
 VERSION_LENGTH = 12
 WARM_UP_RUNS = 5
-HOST_S = 1e-4
-"""A dispatch takes the host about this long beside the stage itself; what is observed later corrects it."""
 _loads = count()
 
 
@@ -138,8 +136,7 @@ class ServedModel:
                     output = self.executor.run(index, carries)
                     seconds.append(clock() - started)
                     spent_s += seconds[-1]
-                ran_s = [HOST_S + s for s in seconds[2:]]  # neither the guess nor the first run
-                self.profile.stages[index].calibrate(size, ran_s)
+                self.profile.stages[index].calibrate(size, seconds[2:])  # neither the guess nor the first run
                 carries |= output.carries
 
     def _random_inputs(self, rng: np.random.Generator, size: int) -> dict[str, DeviceTensor]:
