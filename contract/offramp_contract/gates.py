@@ -119,14 +119,35 @@ class StagePath:
             The next stage, or the number of stages if there is none; and what stands for the outputs of the stages in
             between, in order.
         """
-        merges: tuple[Merge, ...] = ()
-        for following in range(stage + 1, len(self.gates_S)):
-            if all(is_open_G[gate] for gate in self.gates_S[following]):
-                return following, merges
-            merges += self.manifest.stages[following].merges
-        return len(self.gates_S), merges
+        following = self.following(stage, is_open_G)
+        skipped = self.manifest.stages[stage + 1 : following]
+        return following, tuple(merge for passed in skipped for merge in passed.merges)
+
+    def following(self, stage: int, is_open_G: Sequence[bool]) -> int:
+        """Find the stage that a row runs next; see `after`."""
+        for following, gates in self._ahead_S[stage + 1]:
+            for gate in gates:
+                if not is_open_G[gate]:
+                    break
+            else:
+                return following
+        return len(self.gates_S)
+
+    @cached_property
+    def _ahead_S(self) -> list[tuple[tuple[int, tuple[int, ...]], ...]]:
+        """For each stage, itself and those behind it up to the first that no row does without, with their gates."""
+        ahead_S: list[tuple[tuple[int, tuple[int, ...]], ...]] = [()]
+        for stage in reversed(range(len(self.gates_S))):
+            gates = self.gates_S[stage]
+            ahead_S.append(((stage, gates), *(ahead_S[-1] if gates else ())))
+        return ahead_S[::-1]
 
 
 def opened(scores_BK: FloatArray, threshold_BK: FloatArray) -> BoolArray:
     """Tell which gates are open: eq. 8, `score >= threshold`. A score that is not a number opens none."""
     return np.asarray(scores_BK >= threshold_BK)
+
+
+def is_open(score: float, threshold: float) -> bool:
+    """Tell whether one gate is open; see `opened`."""
+    return score >= threshold

@@ -14,7 +14,7 @@ Shapes: B = batch, K = exits seen so far, R = 1 or B, N = non-final exits.
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import ClassVar, Self
 
@@ -57,12 +57,18 @@ class Seen:
     Attributes:
         exit_index: The exit that all rows stand at, 0-based.
         decision: The statistics of that exit.
-        class_BK: Predicted class at each exit so far, shape (B, exit_index + 1); the last column is this exit's.
+        class_BK: Predicted class at each exit so far, shape (B, exit_index + 1); the last column is this exit's. It may
+            be left empty, shape (B, 0), where no policy compares labels.
     """
 
     exit_index: int
     decision: Decision
     class_BK: IntArray
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.decision.packed_BD)
 
 
 class Policy(ABC):
@@ -86,10 +92,15 @@ class Policy(ABC):
         """What two policies must have in common to be stacked."""
         return (type(self),)
 
+    @property
+    def compares_labels(self) -> bool:
+        """Whether the rule looks at `Seen.class_BK`."""
+        return False
+
     @classmethod
     def stack(cls, policies: Sequence[Self]) -> Self:
         """Join single-row policies of one signature into one with a row of parameters for each."""
-        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # every subclass is a dataclass
+        names = [it.name for it in fields(cls) if it.init]  # type: ignore[arg-type]  # every subclass is a dataclass
         return cls(*(np.concatenate([getattr(policy, name) for policy in policies]) for name in names))
 
     def threshold_at(self, exit_index: int) -> float | None:
@@ -98,7 +109,7 @@ class Policy(ABC):
 
 
 def _fired(mask_B: np.ndarray, reason: Reason) -> IntArray:
-    return np.where(mask_B, np.int8(reason), np.int8(Reason.CONTINUE))
+    return np.asarray(mask_B) * np.int8(reason)  # `CONTINUE` is 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,10 +131,17 @@ class Confidence(_Threshold):
     """
 
     kind: ClassVar[str] = "confidence"
+    bar_RN: FloatArray = field(init=False)
+    """The thresholds as log-odds; what never fires is NaN, which nothing reaches."""
+
+    def __post_init__(self) -> None:
+        bar_RN = logit(self.threshold_RN)
+        bar_RN = np.where(bar_RN < np.inf, bar_RN, np.nan)
+        bar_RN.setflags(write=False)
+        object.__setattr__(self, "bar_RN", bar_RN)
 
     def __call__(self, seen: Seen) -> IntArray:
-        bar_R = logit(self.threshold_RN[:, seen.exit_index])
-        return _fired((seen.decision.log_odds_B >= bar_R) & (bar_R < np.inf), Reason.CONFIDENT)
+        return _fired(seen.decision.log_odds_B >= self.bar_RN[:, seen.exit_index], Reason.CONFIDENT)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,6 +175,10 @@ class Patience(Policy):
     kind: ClassVar[str] = "patience"
     patience_R: IntArray
 
+    @property
+    def compares_labels(self) -> bool:
+        return True
+
     def __call__(self, seen: Seen) -> IntArray:
         repeats_BK = seen.class_BK[:, :-1] == seen.class_BK[:, -1:]
         streak_B = np.cumprod(repeats_BK[:, ::-1], axis=1).sum(axis=1)
@@ -172,10 +194,14 @@ class Agreement(_Threshold):
 
     kind: ClassVar[str] = "agreement"
 
+    @property
+    def compares_labels(self) -> bool:
+        return True
+
     def __call__(self, seen: Seen) -> IntArray:
         num_votes = seen.class_BK.shape[1]
         if num_votes < 2:
-            return np.zeros(len(seen.class_BK), dtype=np.int8)
+            return np.zeros(seen.num_rows, dtype=np.int8)
         leading_B = (seen.class_BK[:, :, None] == seen.class_BK[:, None, :]).sum(axis=2).max(axis=1)
         return _fired(leading_B / num_votes >= self.threshold_RN[:, seen.exit_index], Reason.AGREEMENT)
 
@@ -202,8 +228,7 @@ class Fixed(Policy):
     exit_R: IntArray
 
     def __call__(self, seen: Seen) -> IntArray:
-        mask_B = np.broadcast_to(seen.exit_index >= self.exit_R, len(seen.class_BK))
-        return _fired(mask_B, Reason.DEPTH_CAP)
+        return np.repeat(_fired(seen.exit_index >= self.exit_R, Reason.DEPTH_CAP), seen.num_rows // len(self.exit_R))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -221,7 +246,7 @@ class Native(_Threshold):
     def __call__(self, seen: Seen) -> IntArray:
         native_B = seen.decision.native_B
         if native_B is None:
-            return np.zeros(len(seen.class_BK), dtype=np.int8)
+            return np.zeros(seen.num_rows, dtype=np.int8)
         at = seen.exit_index
         return _fired(self.sign_RN[:, at] * native_B >= self.bar_RN[:, at], Reason.NATIVE)
 
@@ -233,6 +258,10 @@ class _Combination(Policy):
     @property
     def signature(self) -> tuple[object, ...]:
         return (type(self), *(member.signature for member in self.members))
+
+    @property
+    def compares_labels(self) -> bool:
+        return any(member.compares_labels for member in self.members)
 
     @classmethod
     def stack(cls, policies: Sequence[Self]) -> Self:

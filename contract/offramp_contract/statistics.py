@@ -11,6 +11,7 @@ source); `decision_of_logits` defines the same numbers in numpy and is the tests
 Shapes: B = batch, C = classes, K = leading classes kept.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -79,6 +80,11 @@ class Decision:
     def native_B(self) -> FloatArray | None:
         """The score of the network's own exit rule, never NaN; None where the exit has none."""
         return self.packed_BD[:, -1] if self.packed_BD.shape[1] % 2 == 0 else None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether `is_finite_B` holds for every row, at a fraction of the price: only a NaN squared adds up to NaN."""
+        return not math.isnan(np.vdot(self.packed_BD, self.packed_BD))
 
     @property
     def is_finite_B(self) -> BoolArray:

@@ -4,12 +4,38 @@ Shapes: B = rows, C = classes, D = width of a decision, K = exits seen.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 
 import numpy as np
 from offramp_contract.statistics import Decision, FloatArray, decision_of_logits, log_softmax
 
 from offramp_server.messages import Combine, ExitAnswer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sighting:
+    """What one exit says about a batch, still packed: most rows go on, and nobody asks what was said about them.
+
+    Attributes:
+        exit_index: The exit.
+        decision_BD: Its packed statistics.
+        logits_BC: Its raw scores, where a row needs them.
+    """
+
+    exit_index: int
+    decision_BD: FloatArray
+    logits_BC: FloatArray | None
+
+    def answers(self, places: Sequence[int], needs_logits: Sequence[bool]) -> list[ExitAnswer]:
+        """Unpack what is said about the rows at some places, with their raw scores where they need them."""
+        logits_BC = self.logits_BC
+        kept = (
+            None
+            if logits_BC is None
+            else [logits_BC[place] if needed else None for place, needed in zip(places, needs_logits, strict=True)]
+        )
+        return exit_answers(self.exit_index, self.decision_BD[places], kept)
 
 
 def exit_answers(

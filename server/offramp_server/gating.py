@@ -8,10 +8,11 @@ Shapes: B = rows, G = gates, K = gates that one stage scores.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Final
 
 import numpy as np
-from offramp_contract.gates import StagePath, opened
+from offramp_contract.gates import StagePath, is_open
 from offramp_contract.manifest import Manifest
 from offramp_contract.statistics import FloatArray
 
@@ -69,9 +70,10 @@ class Hop:
     Attributes:
         stage: Where it begins; `START` before the first.
         following: Where it ends.
-        live: What that stage and those behind it may read, as it is or for an output that is skipped.
-        reads: Each of these names with the name under which its value is there.
-        aliases: Those of them whose two names differ: outputs of skipped stages.
+        reads: What that stage and those behind it may read, as it is or for an output that is skipped: each name with
+            the name under which its value is there.
+        fresh: Those of them that the stage before has read or written.
+        passed: The others, which lie where they lay.
         skipped: The gated stages in between.
         gates_past: The gates that these stages are behind.
         gates_into: The gates that the next stage is behind.
@@ -79,9 +81,9 @@ class Hop:
 
     stage: int
     following: int
-    live: frozenset[str]
     reads: tuple[tuple[str, str], ...]
-    aliases: tuple[tuple[str, str], ...]
+    fresh: tuple[tuple[str, str], ...]
+    passed: tuple[tuple[str, str], ...]
     skipped: range
     gates_past: tuple[int, ...]
     gates_into: tuple[int, ...]
@@ -116,21 +118,19 @@ class Gating:
         Returns:
             For each row the first gate whose score is not a finite number; None where all are.
         """
-        scored_K = self._path.scored_S[stage]
-        threshold_BK = np.array([[row.threshold_G[gate] for gate in scored_K] for row in rows])
-        is_open_BK = opened(scores_BK, threshold_BK).tolist()
-        for row, score_K, is_open_K in zip(rows, scores_BK.tolist(), is_open_BK, strict=True):
-            for gate, score, is_open in zip(scored_K, score_K, is_open_K, strict=True):
-                row.score_G[gate], row.is_open_G[gate] = score, is_open
-        finite_BK = np.isfinite(scores_BK)
-        if finite_BK.all():
-            return [None] * len(rows)
-        bad_B = np.where(finite_BK.all(axis=1), -1, finite_BK.argmin(axis=1)).tolist()
-        return [None if bad < 0 else scored_K[bad] for bad in bad_B]
+        scored_K, blinded = self._path.scored_S[stage], []
+        for row, score_K in zip(rows, scores_BK.tolist(), strict=True):
+            first = None
+            for gate, score in zip(scored_K, score_K, strict=True):
+                row.score_G[gate], row.is_open_G[gate] = score, is_open(score, row.threshold_G[gate])
+                if first is None and not isfinite(score):
+                    first = gate
+            blinded.append(first)
+        return blinded
 
     def following(self, stage: int, row: RowGates) -> int:
         """Give the stage that a row runs after one; after `START`, the first."""
-        return self._path.after(stage, row.is_open_G)[0] if self.is_gated_S[stage + 1] else stage + 1
+        return self._path.following(stage, row.is_open_G)
 
     def hurry(self, stage: int, row: RowGates) -> int:
         """Shut the open gates of the stages that a row would run next, up to trunk; gives that trunk stage."""
@@ -162,16 +162,23 @@ class Gating:
             for merge in self._manifest.stages[index].merges:
                 sources[merge.run] = sources.get(merge.skip, merge.skip)
         reads = tuple((name, sources.get(name, name)) for name in sorted(self._live_S[following]))
+        at_hand = self._at_hand(stage)
         return Hop(
             stage=stage,
             following=following,
-            live=self._live_S[following],
             reads=reads,
-            aliases=tuple((name, source) for name, source in reads if name != source),
+            fresh=tuple(pair for pair in reads if pair[1] in at_hand),
+            passed=tuple(pair for pair in reads if pair[1] not in at_hand),
             skipped=skipped,
             gates_past=tuple(dict.fromkeys(gate for index in skipped for gate in self._path.gates_S[index])),
             gates_into=self._path.gates_S[following],
         )
+
+    def _at_hand(self, stage: int) -> set[str]:
+        """Name what a stage has read and written; before the first, what came with the request."""
+        if stage == START:
+            return {tensor.name for tensor in self._manifest.inputs}
+        return {*self._manifest.stages[stage].inputs, *self._manifest.stages[stage].outputs}
 
 
 def _live_before(manifest: Manifest) -> list[frozenset[str]]:

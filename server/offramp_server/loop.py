@@ -3,30 +3,53 @@
 A round gives up what cannot wait, lets the scheduler choose a dispatch, runs that stage, lets the router decide about
 each row, answers those that leave *now* and queues the survivors, each for the stage that its gates let it run next. It
 has no thread and no clock of its own, so that a test can drive it as a simulation.
+
+Rounds may overlap, one per runner: `choose` and `finish` are for one thread at a time, `execute` touches nothing but
+the rows of its own dispatch.
 """
 
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
 from offramp_contract.errors import Cancelled, DeadlineExceeded, NotFinite, OfframpError, StageFailed
 from offramp_contract.policy import Reason
 from offramp_contract.statistics import Decision, FloatArray
 from offramp_runtime import DeviceTensor, StageOutput
 
+from offramp_server.exits import Sighting
 from offramp_server.gating import START, Hop
 from offramp_server.messages import Observer, StageRun
 from offramp_server.outbox import Outbox
 from offramp_server.router import hurry, part, route
-from offramp_server.scheduler import Dispatch, Scheduler
+from offramp_server.scheduler import Dispatch, QueueKey, Scheduler
 from offramp_server.served import Clock, ServedModel
-from offramp_server.submission import Carries, Sample, Submission, look
+from offramp_server.submission import Sample, Submission, look
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A stage that has run over a dispatch's rows.
+
+    Attributes:
+        started_s: When it began, on the engine's clock.
+        seconds: How long it took, rows put together and all.
+        feeds: What it read.
+        output: What it wrote; None if it failed.
+        logits_BC: The exit's raw scores, if a row needs them.
+    """
+
+    started_s: float
+    seconds: float
+    feeds: Mapping[str, DeviceTensor]
+    output: StageOutput | None
+    logits_BC: FloatArray | None = None
 
 
 class DeviceLoop:
@@ -86,9 +109,16 @@ class DeviceLoop:
         if submission.is_cancelled:  # before it stood anywhere: the signal may have come and gone
             self._cancel_signal.set()
         served, samples = submission.served, submission.samples
+        if not served.manifest.gates:
+            self._queue_up(served, 0, samples, since_s)
+            return
         for following, places in self._part(served, START, samples, range(len(samples))).items():
-            hop = served.gating.hop(START, following)
-            self._queue_up(hop, [samples[i] for i in places], [{}] * len(places), since_s)
+            hop, entering = served.gating.hop(START, following), [samples[i] for i in places]
+            came = entering[0].carries.batch
+            batch = served.compact(hop, came.tensors, came.num_rows, None)
+            for sample in entering:
+                sample.carries.move(hop, batch, sample.row)
+            self._queue_up(served, following, entering, since_s)
 
     def step(self) -> bool:
         """Do one round.
@@ -96,112 +126,140 @@ class DeviceLoop:
         Returns:
             Whether a stage ran.
         """
-        self._give_up()
-        dispatch = self._scheduler.next(self._clock())
-        if dispatch is not None:
-            self._run(dispatch)
+        dispatch = self.choose()
+        if dispatch is None:
+            return False
+        self.finish(dispatch, self.execute(dispatch))
+        return True
+
+    def choose(self) -> Dispatch[Sample] | None:
+        """Begin a round: give up what cannot wait, and take what runs now; None if nothing waits."""
+        now = self._clock()
+        self._give_up(now)
+        dispatch = self._scheduler.next(now)
         self._outbox.flush()
-        return dispatch is not None
+        return dispatch
+
+    def execute(self, dispatch: Dispatch[Sample]) -> Ran:
+        """Run a stage; whatever is raised is its rows' answer."""
+        samples, stage = dispatch.samples, dispatch.key.stage
+        served = samples[0].submission.served
+        started_s = self._clock()
+        try:
+            feeds = served.gather(stage, [sample.carries for sample in samples])
+            output = served.executor.run(stage, feeds)
+            needs_logits = output.logits is not None and any(sample.needs_logits for sample in samples)
+            logits_BC = served.executor.device.download(output.logits) if needs_logits else None
+        except Exception:
+            logger.exception("stage %s of model %s failed", served.manifest.stages[stage].name, served.name)
+            return Ran(started_s, self._clock() - started_s, {}, None)
+        return Ran(started_s, self._clock() - started_s, feeds, output, logits_BC)
+
+    def finish(self, dispatch: Dispatch[Sample], ran: Ran) -> None:
+        """End a round: answer the rows that leave, queue those that go on, and take note of what it cost."""
+        samples, key = dispatch.samples, dispatch.key
+        served = samples[0].submission.served
+        if ran.output is None:
+            name = served.manifest.stages[key.stage].name
+            self._outbox.settle(samples, StageFailed(f"stage {name!r} failed on this input"))
+            self._scheduler.charge(key.model, ran.seconds)
+        else:
+            waited = _book(samples, key.stage, ran)
+            self._move_on(served, key.stage, samples, ran, ran.output)
+            self._note(served, key, waited, self._clock() - ran.started_s)
+        self._outbox.flush()
 
     def abandon(self, error: OfframpError) -> None:
         """Answer everyone who is still owed an answer with an error: the loop will not go on."""
         self._outbox.abandon(error)
         self._outbox.flush()
 
-    def _give_up(self) -> None:
+    def _give_up(self, now: float) -> None:
         if self._cancel_signal.is_set():
             self._cancel_signal.clear()
             self._outbox.settle(self._scheduler.take_cancelled(), Cancelled("the client went away"))
-        for sample in self._scheduler.take_hurried(self._clock()):
-            hop = hurry(sample.submission.served.gating, sample.next_stage - 1, sample)
-            self._queue_up(hop, [sample], [{}], sample.enqueued_s)
-        expired = self._scheduler.take_expired(self._clock())
-        for sample in expired:
-            sample.queue_s += self._clock() - sample.enqueued_s
-        self._outbox.leave([sample for sample in expired if sample.seen], Reason.DEADLINE)
-        late = DeadlineExceeded("latency_ms: the deadline passes before the first exit can answer")
-        self._outbox.settle([sample for sample in expired if not sample.seen], late)
-
-    def _run(self, dispatch: Dispatch[Sample]) -> None:
-        served, stage, samples = self._models[dispatch.key.model], dispatch.key.stage, dispatch.samples
-        started = self._clock()
-        waited = tuple(started - sample.enqueued_s for sample in samples)
-        ran = self._attempt(served, stage, samples, lambda: self._execute(served, stage, samples))
-        ran_s = self._clock() - started
-        if ran is None:
-            self._scheduler.charge(dispatch.key.model, ran_s)
+        for sample in self._scheduler.take_hurried(now):
+            served = sample.submission.served
+            hop = hurry(served.gating, sample.next_stage - 1, sample)
+            sample.carries.skip(hop)
+            self._queue_up(served, hop.following, [sample], sample.enqueued_s)
+        expired = self._scheduler.take_expired(now)
+        if not expired:
             return
-        feeds, output, logits_BC = ran
-        for sample, queue_s in zip(samples, waited, strict=True):
-            sample.stages += (stage,)
-            sample.queue_s += queue_s
-            sample.compute_s += ran_s
-            sample.device_s += ran_s / len(samples)
-        survivors = self._route(served, stage, samples, output.decision_BD, logits_BC)
-        if output.scores_BK is not None:
-            survivors = self._take_scores(served, stage, samples, survivors, output.scores_BK)
-        for following, places in self._part(served, stage, samples, survivors).items():
+        for sample in expired:
+            sample.queue_s += now - sample.enqueued_s
+        self._outbox.leave([sample for sample in expired if sample.sighting is not None], Reason.DEADLINE)
+        late = DeadlineExceeded("latency_ms: the deadline passes before the first exit can answer")
+        self._outbox.settle([sample for sample in expired if sample.sighting is None], late)
+
+    def _move_on(
+        self, served: ServedModel, stage: int, samples: Sequence[Sample], ran: Ran, output: StageOutput
+    ) -> None:
+        """Answer or queue the rows that have run a stage."""
+        places: Sequence[int] = range(len(samples))
+        if output.decision_BD is not None:
+            places = self._route(served, stage, samples, output.decision_BD, ran.logits_BC)
+        if output.scores_BK is not None and places:
+            places = self._take_scores(served, stage, samples, places, output.scores_BK)
+        tensors = {**ran.feeds, **output.carries}
+        for following, members in self._part(served, stage, samples, places).items():
             # The half that parts from the rest copies its rows; where rows have left, nobody holds on to theirs.
-            keeps = len(survivors) == len(samples) and 2 * len(places) >= len(samples)
+            keeps = len(places) == len(samples) and 2 * len(members) >= len(samples)
             hop = served.gating.hop(stage, following)
-            self._carry_on(hop, samples, places, feeds | output.carries, keeps=keeps)
-        seconds = self._clock() - started
-        served.profile.stages[stage].observe(len(samples), seconds)
-        served.tally.count_dispatch(len(samples), seconds, is_first=stage == served.profile.trunk_from(0))
-        self._scheduler.charge(dispatch.key.model, seconds)
+            self._carry_on(hop, samples, members, tensors, keeps=keeps)
+
+    def _note(self, served: ServedModel, key: QueueKey, waited: tuple[float, ...], seconds: float) -> None:
+        """Take note of a dispatch."""
+        stage, num_rows = key.stage, len(waited)
+        served.profile.stages[stage].observe(num_rows, seconds)
+        served.tally.count_dispatch(num_rows, seconds, is_first=stage == served.profile.trunk_from(0))
+        self._scheduler.charge(key.model, seconds)
         name = served.manifest.stages[stage].name
-        self._observer.stage_ran(StageRun(served.name, served.version, name, dispatch.key.variant, seconds, waited))
-
-    def _attempt(
-        self, served: ServedModel, stage: int, samples: Sequence[Sample], device_work: Callable[[], T]
-    ) -> T | None:
-        """Do some rows' work on the device; whatever it raises is their answer, and every other row goes on."""
-        try:
-            return device_work()
-        except Exception:
-            name = served.manifest.stages[stage].name
-            logger.exception("stage %s of model %s failed", name, served.name)
-            self._outbox.settle(samples, StageFailed(f"stage {name!r} failed on this input"))
-            return None
-
-    def _execute(
-        self, served: ServedModel, stage: int, samples: Sequence[Sample]
-    ) -> tuple[dict[str, DeviceTensor], StageOutput, FloatArray | None]:
-        """Run a stage; gives what it read, what it wrote, and the exit's logits if a row needs them."""
-        feeds = served.gather(stage, [sample.carries for sample in samples])
-        output = served.executor.run(stage, feeds)
-        needs_logits = output.logits is not None and any(sample.needs_logits for sample in samples)
-        return feeds, output, served.executor.device.download(output.logits) if needs_logits else None
+        self._observer.stage_ran(StageRun(served.name, served.version, name, key.variant, seconds, waited))
 
     def _route(
         self,
         served: ServedModel,
         stage: int,
         samples: Sequence[Sample],
-        decision_BD: FloatArray | None,
+        decision_BD: FloatArray,
         logits_BC: FloatArray | None,
     ) -> Sequence[int]:
         """Answer the rows that leave; give the places of those that go on."""
         exit_index = served.manifest.stages[stage].exit
-        if exit_index is None or decision_BD is None:
+        if exit_index is None:
             return range(len(samples))
         decision_BD = decision_BD[: len(samples)]
-        finite_B = Decision(decision_BD).is_finite_B
-        look(exit_index, samples, decision_BD, logits_BC)
-        where = f"exit {served.manifest.exits[exit_index].name!r}"
-        if not finite_B.all():
-            self._refuse([samples[int(i)] for i in np.flatnonzero(~finite_B)], where)
-        standing = [int(i) for i in np.flatnonzero(finite_B)]
+        look(Sighting(exit_index, decision_BD, logits_BC), samples)
+        standing: Sequence[int] = range(len(samples))
+        if not Decision(decision_BD).is_finite:
+            standing = self._refuse_unfinished(exit_index, served, samples, decision_BD)
+            if not standing:
+                return []
+            decision_BD = decision_BD[standing]
         rows = [samples[i] for i in standing]
-        if not rows:
-            return []
         reachable_by_s = self._next_exit_by_s(served, stage, len(rows))
-        reasons = route(exit_index, served.num_exits, decision_BD[standing], rows, reachable_by_s)
-        for reason in set(reasons) - {Reason.CONTINUE}:
-            self._outbox.leave([row for row, why in zip(rows, reasons, strict=True) if why is reason], reason)
-        going_on = [i for i, reason in zip(standing, reasons, strict=True) if reason is Reason.CONTINUE]
+        reasons = route(exit_index, served.num_exits, decision_BD, rows, reachable_by_s)
+        leaving: dict[Reason, list[Sample]] = {}
+        going_on = []
+        for place, row, reason in zip(standing, rows, reasons, strict=True):
+            if reason is Reason.CONTINUE:
+                going_on.append(place)
+            else:
+                leaving.setdefault(reason, []).append(row)
+        for reason, leavers in leaving.items():
+            self._outbox.leave(leavers, reason)
         self._outbox.report_progress([samples[i] for i in going_on])
         return going_on
+
+    def _refuse_unfinished(
+        self, exit_index: int, served: ServedModel, samples: Sequence[Sample], decision_BD: FloatArray
+    ) -> list[int]:
+        """Answer the rows of which an exit says what is no number; give the places of the others."""
+        finite_B = Decision(decision_BD).is_finite_B.tolist()
+        where = f"exit {served.manifest.exits[exit_index].name!r}"
+        self._refuse([sample for sample, is_finite in zip(samples, finite_B, strict=True) if not is_finite], where)
+        return [place for place, is_finite in enumerate(finite_B) if is_finite]
 
     def _take_scores(
         self,
@@ -213,7 +271,10 @@ class DeviceLoop:
     ) -> list[int]:
         """Let the rows at some places know what their gates scored; give the places of those who got numbers."""
         rows = [samples[i] for i in places]
-        blinded = served.gating.take_scores(stage, [row.gates for row in rows], scores_BK[list(places)])
+        scored_BK = scores_BK[: len(rows)] if len(rows) == len(samples) else scores_BK[places]
+        blinded = served.gating.take_scores(stage, [row.gates for row in rows], scored_BK)
+        if not any(gate is not None for gate in blinded):
+            return list(places)
         for row, gate in zip(rows, blinded, strict=True):
             if gate is not None:
                 self._refuse([row], f"gate {served.manifest.gates[gate].name!r}")
@@ -264,20 +325,35 @@ class DeviceLoop:
         They keep the whole tensors, or are given copies of their rows.
         """
         staying = [samples[i] for i in places]
-        served, taken = staying[0].submission.served, None if keeps else places
-        kept = self._attempt(served, hop.stage, staying, lambda: served.compact(hop, tensors, taken))
-        if kept is not None:
-            rows = places if keeps else range(len(places))
-            self._queue_up(hop, staying, [{name: (kept[name], row) for name in kept} for row in rows], self._clock())
+        served = staying[0].submission.served
+        try:
+            batch = served.compact(hop, tensors, len(samples), None if keeps else places)
+        except Exception:
+            name = served.manifest.stages[hop.stage].name
+            logger.exception("rows of stage %s of model %s cannot be kept", name, served.name)
+            self._outbox.settle(staying, StageFailed(f"stage {name!r} failed on this input"))
+            return
+        for sample, place in zip(staying, places if keeps else batch.places, strict=True):
+            sample.carries.move(hop, batch, place)
+        self._queue_up(served, hop.following, staying, self._clock())
 
-    def _queue_up(self, hop: Hop, samples: Sequence[Sample], fresh: Sequence[Carries], since_s: float) -> None:
-        """Let samples of one model wait for the stage they run next, each with what it holds and what is fresh."""
-        for sample, carries in zip(samples, fresh, strict=True):
-            held = sample.carries
-            sample.carries = {name: carry for name, carry in held.items() if name in hop.live}
-            if hop.aliases:
-                sample.carries |= {name: held[source] for name, source in hop.aliases if source in held}
-            sample.carries |= carries
-            sample.next_stage = hop.following
+    def _queue_up(self, served: ServedModel, following: int, samples: Sequence[Sample], since_s: float) -> None:
+        """Let samples of one model wait for the stage they run next."""
+        for sample in samples:
+            sample.next_stage = following
             sample.enqueued_s = since_s
-        self._scheduler.put(samples[0].submission.served.queue_keys[hop.following], samples)
+        self._scheduler.put(served.queue_keys[following], samples)
+
+
+def _book(samples: Sequence[Sample], stage: int, ran: Ran) -> tuple[float, ...]:
+    """Write down what a dispatch was to each of its rows; gives the seconds each has waited for it."""
+    started_s, ran_s, share_s = ran.started_s, ran.seconds, ran.seconds / len(samples)
+    waited = []
+    for sample in samples:
+        queue_s = started_s - sample.enqueued_s
+        waited.append(queue_s)
+        sample.stages.append(stage)
+        sample.queue_s += queue_s
+        sample.compute_s += ran_s
+        sample.device_s += share_s
+    return tuple(waited)

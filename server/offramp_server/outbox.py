@@ -9,7 +9,7 @@ from offramp_contract.policy import Reason
 from offramp_server.messages import Departure, Observer, Progress, Result, RowAnswer
 from offramp_server.served import Clock, ServedModel
 from offramp_server.shield import tell
-from offramp_server.submission import Listener, Sample, Submission
+from offramp_server.submission import Listener, Sample, Submission, last_answers
 
 
 class Outbox:
@@ -27,7 +27,7 @@ class Outbox:
         self._on_settled = on_settled
         self._events: dict[Listener, list[tuple[Submission, Progress | Result]]] = {}
         self._departures: list[Departure] = []
-        self._settled: Counter[ServedModel] = Counter()
+        self._settled: dict[ServedModel, int] = {}
         self._owed: dict[Submission, None] = {}
 
     def owe(self, submission: Submission) -> None:
@@ -36,36 +36,41 @@ class Outbox:
 
     def report_progress(self, samples: Sequence[Sample]) -> None:
         """Tell those who asked for it that rows have reached an exit and go on."""
-        for sample in samples:
-            submission = sample.submission
-            if submission.options.wants_progress:
-                self._post(submission, Progress(sample.row, sample.combined_answer(), sample.depth))
+        curious = [sample for sample in samples if sample.submission.options.wants_progress]
+        if curious:
+            for sample, last in zip(curious, last_answers(curious), strict=True):
+                self._post(sample.submission, Progress(sample.row, sample.combined_answer(last), sample.depth))
 
     def leave(self, samples: Sequence[Sample], reason: Reason) -> None:
         """Answer rows from the last exit each has seen."""
-        for sample in samples:
-            answer = sample.leave(reason)
+        if not samples:
+            return
+        for sample, last in zip(samples, last_answers(samples), strict=True):
+            answer = sample.leave(reason, last)
             sample.submission.served.profile.observe_row(sample.device_s)
             self._departures.append(sample.departure(answer))
-            self.settle([sample], answer)
+            self._settle(sample, answer)
 
-    def settle(self, samples: Sequence[Sample], answer: RowAnswer | OfframpError) -> None:
-        """Give rows their one answer, and the requests whose last row that was their result."""
-        if isinstance(answer, OfframpError):
-            for served, num_rows in Counter(sample.submission.served for sample in samples).items():
-                self._observer.rows_failed(served.name, served.version, answer.code, num_rows)
+    def settle(self, samples: Sequence[Sample], error: OfframpError) -> None:
+        """Give rows an error as their one answer."""
+        for served, num_rows in Counter(sample.submission.served for sample in samples).items():
+            self._observer.rows_failed(served.name, served.version, error.code, num_rows)
         for sample in samples:
-            submission = sample.submission
-            sample.carries = {}
-            is_complete = submission.settle(sample, answer)
-            self._settled[submission.served] += 1
-            if is_complete:
-                del self._owed[submission]
-                now = self._clock()
-                result = submission.result(now)
-                submission.served.tally.count_request(result, submission.outcome())
-                self._post(submission, result)
-                self._observer.request_done(submission.done(now))
+            self._settle(sample, error)
+
+    def _settle(self, sample: Sample, answer: RowAnswer | OfframpError) -> None:
+        """Give a row its one answer, and the request whose last row it was its result."""
+        submission = sample.submission
+        sample.carries.drop()
+        self._settled[submission.served] = self._settled.get(submission.served, 0) + 1
+        if not submission.settle(sample, answer):
+            return
+        del self._owed[submission]
+        now = self._clock()
+        result, outcome = submission.result(now), submission.outcome()
+        submission.served.tally.count_request(result, outcome)
+        self._post(submission, result)
+        self._observer.request_done(submission.done(outcome, now))
 
     def abandon(self, error: OfframpError) -> None:
         """Answer everyone who is still owed an answer with an error."""
@@ -77,11 +82,12 @@ class Outbox:
         if self._departures:  # counted first: who has an answer finds it in the metrics
             departures, self._departures = self._departures, []
             self._observer.rows_left(departures)
-        outgoing, self._events = self._events, {}
-        for listener, events in outgoing.items():
-            tell(listener.deliver, events)
+        if self._events:
+            outgoing, self._events = self._events, {}
+            for listener, events in outgoing.items():
+                tell(listener.deliver, events)
         if self._settled:
-            settled, self._settled = self._settled, Counter()
+            settled, self._settled = self._settled, {}
             for served, num_rows in settled.items():
                 self._on_settled(served, num_rows)
 

@@ -9,13 +9,15 @@ Shapes: B = rows of the dispatch, D = width of a decision, K = exits seen so far
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from offramp_contract.policy import Policy, Reason, Seen, decide
-from offramp_contract.statistics import Decision, FloatArray
+from offramp_contract.statistics import Decision, FloatArray, IntArray
 
 from offramp_server.gating import Gating, Hop, RowGates
+
+REASONS: Final = tuple(Reason)
 
 
 class Routed(Protocol):
@@ -26,7 +28,7 @@ class Routed(Protocol):
     max_exit: int
     deadline_s: float
     classes: list[int]
-    """Predicted class at each exit so far, this one included."""
+    """Predicted class at each exit so far, this one included, if the policy compares them."""
 
 
 class Parted(Protocol):
@@ -56,10 +58,19 @@ def route(
     """
     if exit_index == num_exits - 1:
         return [Reason.FINAL] * len(rows)
-    class_BK = np.array([row.classes for row in rows], dtype=np.int32)
-    fired_B = decide([row.policy for row in rows], Seen(exit_index, Decision(decision_BD), class_BK))
-    reasons = (Reason(fired) for fired in fired_B)
-    return [_settle(row, exit_index, fired, reachable_by_s) for row, fired in zip(rows, reasons, strict=True)]
+    seen = Seen(exit_index, Decision(decision_BD), _labels(exit_index, rows))
+    fired_B = decide([row.policy for row in rows], seen).tolist()
+    return [_settle(row, exit_index, REASONS[fired], reachable_by_s) for row, fired in zip(rows, fired_B, strict=True)]
+
+
+def _labels(exit_index: int, rows: Sequence[Routed]) -> IntArray:
+    """Put the classes of rows that compare them together; others get any, and if none compares them there are none."""
+    num_labels = exit_index + 1 if any(row.policy.compares_labels for row in rows) else 0
+    class_BK = np.zeros((len(rows), num_labels), dtype=np.int32)
+    for place, row in enumerate(rows if num_labels else ()):
+        if row.policy.compares_labels:
+            class_BK[place] = row.classes
+    return class_BK
 
 
 def _settle(row: Routed, exit_index: int, fired: Reason, reachable_by_s: float) -> Reason:
@@ -92,7 +103,8 @@ def part(
     """
     parts: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
-        following = gating.hurry(stage, row.gates) if row.gates.is_hurried else gating.following(stage, row.gates)
+        gates = row.gates
+        following = gating.hurry(stage, gates) if gates.is_hurried else gating.following(stage, gates)
         parts.setdefault(following, []).append(place)
     for following in [following for following in parts if gating.is_gated_S[following]]:
         if all(rows[place].deadline_s == math.inf for place in parts[following]):

@@ -10,6 +10,7 @@ from offramp_contract.manifest import Manifest
 from offramp_contract.statistics import FloatArray
 from offramp_runtime import Bundle, Device, DeviceTensor, StageExecutor
 
+from offramp_server.carries import Batch, Carries
 from offramp_server.gating import Gating, Hop
 from offramp_server.messages import Loaded
 from offramp_server.profile import Profile
@@ -55,10 +56,11 @@ class ServedModel:
         self.gating = Gating(self.manifest)
         self.tally = Tally()
         self._flops = [stage.flops for stage in stages]
+        self._all_flops = max(sum(self._flops), 1)
 
-    def depth_of(self, stages: tuple[int, ...]) -> float:
+    def depth_of(self, stages: Sequence[int]) -> float:
         """Give the share of the full path's FLOPs that these stages make."""
-        return sum(self._flops[stage] for stage in stages) / max(sum(self._flops), 1)
+        return sum([self._flops[stage] for stage in stages]) / self._all_flops
 
     def expected_s(self, point: OperatingPoint) -> float:
         """Expect a row served by an operating point to run this many seconds on average, alone on this machine."""
@@ -76,33 +78,41 @@ class ServedModel:
         exits = tuple(exit_.name for exit_ in self.manifest.exits)
         return Loaded(self.name, self.version, stages, exits, tuple(gate.name for gate in self.manifest.gates))
 
-    def gather(self, stage: int, rows: Sequence[Mapping[str, tuple[DeviceTensor, int]]]) -> dict[str, DeviceTensor]:
+    def gather(self, stage: int, rows: Sequence[Carries]) -> dict[str, DeviceTensor]:
         """Put together what a stage reads, from what each row holds; the last row repeats where it takes no fewer."""
-        padded = [*rows, *[rows[-1]] * (self.manifest.min_batch - len(rows))]
-        feeds = {}
+        if len(rows) < self.manifest.min_batch:
+            rows = [*rows, *[rows[-1]] * (self.manifest.min_batch - len(rows))]
+        batch, places = rows[0].batch, [row.place for row in rows]
+        is_one = all(row.batch is batch for row in rows)
+        is_whole = is_one and places == batch.places
+        gather, feeds = self.executor.device.gather, {}
         for name in self.manifest.stages[stage].inputs:
-            tensors, places = zip(*(carries[name] for carries in padded), strict=True)
-            feeds[name] = self.executor.device.gather(tensors, places)
+            tensor = batch.tensors.get(name) if is_one else None
+            if tensor is None:
+                feeds[name] = gather(*zip(*(row[name] for row in rows), strict=True))
+            else:
+                feeds[name] = tensor if is_whole else gather([tensor] * len(rows), places)
         return feeds
 
     def compact(
-        self, hop: Hop, tensors: Mapping[str, DeviceTensor], places: Sequence[int] | None
-    ) -> dict[str, DeviceTensor]:
+        self, hop: Hop, tensors: Mapping[str, DeviceTensor], num_rows: int, places: Sequence[int] | None
+    ) -> Batch:
         """Keep, of tensors at hand at a boundary, those that are needed behind it, cut down to the rows at some places.
 
         Args:
             hop: Which stage the rows run next.
             tensors: What the stage before has read and written.
+            num_rows: Number of rows in them.
             places: The rows that go on this way; None if all do.
 
         Returns:
             The tensors under the names by which they are read; where a stage was skipped, one may have several.
         """
-        at_hand = [(name, source) for name, source in hop.reads if source in tensors]
         if places is None:
-            return {name: tensors[source] for name, source in at_hand}
-        taken = {source: self.executor.device.take(tensors[source], places) for source in {pair[1] for pair in at_hand}}
-        return {name: taken[source] for name, source in at_hand}
+            return Batch({name: tensors[source] for name, source in hop.fresh}, num_rows)
+        take = self.executor.device.take
+        taken = {source: take(tensors[source], places) for source in {source for _, source in hop.fresh}}
+        return Batch({name: taken[source] for name, source in hop.fresh}, len(places))
 
     def temperature(self, exit_index: int) -> float:
         """Give an exit's calibrated temperature."""

@@ -4,15 +4,15 @@ import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol
 
 import numpy as np
 from offramp_contract.errors import Cancelled, DeadlineExceeded, NotReady, OfframpError, RequestError
 from offramp_contract.policy import Policy, Reason
-from offramp_contract.statistics import FloatArray
-from offramp_runtime import DeviceTensor
+from offramp_contract.statistics import Decision
 
-from offramp_server.exits import combined_answer, exit_answers
+from offramp_server.carries import Batch, Carries
+from offramp_server.exits import Sighting, combined_answer
 from offramp_server.gating import RowGates
 from offramp_server.messages import (
     Departure,
@@ -26,8 +26,8 @@ from offramp_server.messages import (
 )
 from offramp_server.served import ServedModel
 
-Carries: TypeAlias = dict[str, tuple[DeviceTensor, int]]
-"""By name, the batch that a value of one row lies in, and its row there."""
+SCORED_KINDS: Final = frozenset({"entropy", "margin", "native"})
+"""Policies whose score is the statistic of that name; all others go by p_max."""
 
 
 class Listener(Protocol):
@@ -102,7 +102,8 @@ class Submission:
         self._answers: list[RowAnswer | OfframpError | None] = [None] * num_rows
         self._cancel_signal = cancel_signal
         gates = served.gating.start(options.gate_thresholds)
-        self.samples = [Sample(self, row, inputs, gates) for row in range(num_rows)]
+        batch = Batch(inputs, num_rows)
+        self.samples = [Sample(self, row, batch, gates) for row in range(num_rows)]
 
     @property
     def num_rows(self) -> int:
@@ -135,14 +136,16 @@ class Submission:
         rows = tuple(answer for answer in self._answers if answer is not None)
         return Result(rows, self.queue_s, self.compute_s, now - self.arrival_s, self.budget_ms)
 
-    def done(self, now: float) -> RequestDone:
+    def done(self, outcome: Outcome, now: float) -> RequestDone:
         """Say for the record what became of it."""
         slack_s = None if self.budget_ms is None else self.deadline_s - now
-        return RequestDone(self.served.name, self.served.version, self.outcome(), now - self.arrival_s, slack_s)
+        return RequestDone(self.served.name, self.served.version, outcome, now - self.arrival_s, slack_s)
 
     def outcome(self) -> Outcome:
         """Name what became of the request, for metrics; the worst row decides."""
         errors = [answer for answer in self._answers if isinstance(answer, OfframpError)]
+        if not errors:
+            return "ok"
         for kind, name in _OUTCOMES:
             if any(isinstance(error, kind) for error in errors):
                 return name
@@ -163,12 +166,15 @@ class Sample:
 
     Attributes:
         row: Its place in the request.
-        carries: For each tensor that a later stage reads, the batch it lies in and its row there.
+        carries: What later stages read.
         gates: What has become of its gates.
         next_stage: The stage it waits for.
         stages: Stages it has run.
-        seen: What each exit said about it; only the last one unless the options need all.
-        classes: Predicted class at each exit so far.
+        sighting: What the last exit it has seen said, about it and others; None before the first.
+        place: Its place there.
+        seen: What each exit said about it, if the options need all.
+        classes: Predicted class at each exit so far, if its policy compares them.
+        needs_logits: Whether its exits' raw scores are to be kept.
         enqueued_s: When it began to wait where it waits now.
         queue_s: Seconds it has waited.
         compute_s: Seconds its stages have run.
@@ -183,24 +189,28 @@ class Sample:
         "device_s",
         "enqueued_s",
         "gates",
+        "keeps_all",
         "max_exit",
         "may_be_dropped",
         "min_exit",
+        "needs_logits",
         "next_stage",
+        "place",
         "policy",
         "queue_s",
         "row",
         "seen",
+        "sighting",
         "stages",
         "submission",
     )
 
-    def __init__(self, submission: Submission, row: int, inputs: dict[str, np.ndarray], gates: RowGates) -> None:
+    def __init__(self, submission: Submission, row: int, batch: Batch, gates: RowGates) -> None:
         options = submission.options
         final_exit = submission.served.num_exits - 1
         self.submission = submission
         self.row = row
-        self.carries: Carries = {name: (array, row) for name, array in inputs.items()}
+        self.carries = Carries(batch, row)
         self.deadline_s = submission.deadline_s
         self.may_be_dropped = options.on_miss == "reject"
         self.policy: Policy = options.policy
@@ -208,9 +218,13 @@ class Sample:
         self.max_exit = final_exit if options.max_exit is None else options.max_exit
         self.gates = gates.copy()
         self.next_stage = 0
-        self.stages: tuple[int, ...] = ()
+        self.stages: list[int] = []
+        self.sighting: Sighting | None = None
+        self.place = 0
+        self.keeps_all = options.explain or options.combine != "last"
         self.seen: list[ExitAnswer] = []
         self.classes: list[int] = []
+        self.needs_logits = options.wants_logits or options.combine != "last"
         self.enqueued_s = 0.0
         self.queue_s = 0.0
         self.compute_s = 0.0
@@ -221,35 +235,21 @@ class Sample:
         """Whether its request's client has gone."""
         return self.submission.is_cancelled
 
-    @property
-    def needs_logits(self) -> bool:
-        """Whether its exits' raw scores are to be kept."""
-        options = self.submission.options
-        return options.wants_logits or options.combine != "last"
-
-    def see(self, answer: ExitAnswer) -> None:
-        """Remember what an exit says."""
-        options = self.submission.options
-        if not (options.explain or options.combine != "last"):
-            self.seen.clear()
-        self.seen.append(answer)
-
-    def leave(self, reason: Reason) -> RowAnswer:
-        """Give the row's answer for leaving at the last exit it has seen.
+    def leave(self, reason: Reason, last: ExitAnswer) -> RowAnswer:
+        """Give the row's answer for leaving at the last exit it has seen, which said so much.
 
         A row for which the deadline has shut a gate leaves because of the deadline, wherever it does.
         """
-        at_exit = self.seen[-1]
-        scores = {"entropy": at_exit.entropy, "margin": at_exit.margin, "native": at_exit.native}
-        score = scores.get(self.policy.kind)
+        kind = self.policy.kind
+        score = getattr(last, kind) if kind in SCORED_KINDS else None
         gates, explain = self.gates, self.submission.options.explain
         return RowAnswer(
-            answer=self.combined_answer(),
+            answer=self.combined_answer(last),
             reason=Reason.DEADLINE if gates.is_hurried else reason,
             depth=self.depth,
-            stages=self.stages,
-            score=float(at_exit.top_probability_K[0]) if score is None else score,
-            threshold=self.policy.threshold_at(at_exit.exit_index),
+            stages=tuple(self.stages),
+            score=float(last.top_probability_K[0]) if score is None else score,
+            threshold=self.policy.threshold_at(last.exit_index),
             seen=tuple(self.seen) if explain else (),
             gate_decisions=tuple(gates.decision_G),
             gates_seen=gates.seen if explain else (),
@@ -268,16 +268,35 @@ class Sample:
         """Share of the full path's FLOPs that it has run."""
         return self.submission.served.depth_of(self.stages)
 
-    def combined_answer(self) -> ExitAnswer:
+    def combined_answer(self, last: ExitAnswer) -> ExitAnswer:
         """Give the row's answer: the last exit's, or all exits' combined as the request asked."""
-        return combined_answer(self.seen, self.submission.options.combine, self.submission.served.temperature)
+        options = self.submission.options
+        if options.combine == "last":
+            return last
+        return combined_answer(self.seen, options.combine, self.submission.served.temperature)
 
 
-def look(exit_index: int, samples: Sequence[Sample], decision_BD: FloatArray, logits_BC: FloatArray | None) -> None:
-    """Let each row remember what the exit says about it."""
-    kept = None
-    if logits_BC is not None:  # longer than the rows where a network needs more at once
-        kept = (logits_C if sample.needs_logits else None for sample, logits_C in zip(samples, logits_BC, strict=False))
-    for sample, answer in zip(samples, exit_answers(exit_index, decision_BD, kept), strict=True):
-        sample.see(answer)
-        sample.classes.append(int(answer.top_class_K[0]))
+def look(sighting: Sighting, samples: Sequence[Sample]) -> None:
+    """Let each row remember what an exit says about it, in the order of the rows there."""
+    for place, sample in enumerate(samples):
+        sample.sighting, sample.place = sighting, place
+    collecting = [sample for sample in samples if sample.keeps_all]
+    if collecting:
+        for sample, answer in zip(collecting, last_answers(collecting), strict=True):
+            sample.seen.append(answer)
+    comparing = [sample for sample in samples if sample.policy.compares_labels]
+    if comparing:
+        classes = Decision(sighting.decision_BD).class_B.tolist()
+        for sample in comparing:
+            sample.classes.append(classes[sample.place])
+
+
+def last_answers(samples: Sequence[Sample]) -> list[ExitAnswer]:
+    """Unpack what the last exit that each row has seen says about it."""
+    sightings = {sample.sighting for sample in samples}
+    if len(sightings) > 1:
+        return [answer for sample in samples for answer in last_answers([sample])]
+    (sighting,) = sightings
+    if sighting is None:
+        raise RuntimeError("a row that has seen no exit has no answer: this is a bug")
+    return sighting.answers([sample.place for sample in samples], [sample.needs_logits for sample in samples])

@@ -21,6 +21,7 @@ from offramp_contract.policy_spec import (
     PatienceSpec,
     PolicySpec,
     WindowSpec,
+    compares_labels,
     compile_policy,
 )
 from offramp_contract.statistics import Decision, decision_of_logits
@@ -291,6 +292,17 @@ def test_a_compiled_policy_cannot_be_changed(drawn: tuple[int, PolicySpec]) -> N
             assert not getattr(policy, field.name).flags.writeable
             with pytest.raises(FrozenInstanceError):
                 setattr(policy, field.name, None)
+
+
+@given(st.integers(2, 5).flatmap(lambda n: st.tuples(st.just(n), specs(n))))
+def test_a_policy_that_compares_no_labels_needs_none(drawn: tuple[int, PolicySpec]) -> None:
+    num_exits, spec = drawn
+    policy = compile_policy(spec, num_exits)
+    assert policy.compares_labels == compares_labels(spec)
+    if not policy.compares_labels:
+        seen = seen_at(np.array([[[9.0, 0.0], [0.1, 0.0]]], dtype=np.float32), 0)
+        blind = Seen(0, seen.decision, np.empty((2, 0), dtype=np.int32))
+        assert policy(blind).tolist() == policy(seen).tolist()
 
 
 def leaves_of(policy: Policy) -> list[Policy]:

@@ -344,9 +344,11 @@ def test_device_work_that_raises_between_stages_is_its_own_rows_answer_too(simul
             raise MemoryError("out of device memory")
 
     served.executor.device = Failing()
-    failing = sim.answer(served, [SURE, FLAT, FLAT], confident(options, wants_logits=True))
-    assert isinstance(failing.rows[1], StageFailed)
-    assert isinstance(failing.rows[2], StageFailed)
+    failing = [sim.submit(served, [row], confident(options, wants_logits=True)) for row in (SURE, FLAT, FLAT)]
+    sim.finish()
+    for submission in failing[1:]:
+        (row,) = sim.inbox.result(submission).rows
+        assert isinstance(row, StageFailed)
     served.executor.device = real
     assert isinstance(sim.answer(served, [FLAT], confident(options)).rows[0], RowAnswer)
 

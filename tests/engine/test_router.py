@@ -83,7 +83,7 @@ rows = st.builds(
     st.integers(0, 3),
     st.integers(0, 3),
     st.sampled_from([0.0, 50.0, 51.0, np.inf]),
-    st.lists(st.integers(0, 2), min_size=3, max_size=3),
+    st.lists(st.integers(0, 2), min_size=4, max_size=4),
 )
 
 
@@ -95,6 +95,8 @@ def test_a_batch_of_any_rows_is_routed_as_each_alone(batch, exit_index, data):
         )
     )
     decision_BD = decision_of_logits(logits_BC)
+    for row in batch:
+        row.classes = row.classes[: exit_index + 1]
     together = route(exit_index, NUM_EXITS, decision_BD, batch, REACHABLE_BY_S)
     alone = [
         route(exit_index, NUM_EXITS, decision_BD[i : i + 1], [row], REACHABLE_BY_S)[0] for i, row in enumerate(batch)

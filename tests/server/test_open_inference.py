@@ -16,8 +16,8 @@ from offramp_contract.policy import Reason
 from offramp_contract.statistics import decision_of_logits, log_softmax
 from offramp_server.api.open_inference.outputs import OUTPUTS, output_tensors, requested_outputs
 from offramp_server.api.open_inference.request import RequestedOutput
+from offramp_server.exits import exit_answers
 from offramp_server.messages import RowAnswer
-from offramp_server.submission import exit_answers
 
 SURE, UNSURE = [0.0, 9.0, 0.0, 0.0], [0.01, 0.0, 0.0, 0.0]
 INFER = "/v2/models/toy/infer"
