@@ -83,6 +83,13 @@ def export(
             "data set's calibration images."
         ),
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32, or fp16: weights and values in float16, proved against the network at a wider tolerance; "
+            "inputs, logits and decisions stay float32."
+        ),
+    ] = "fp32",
     overwrite: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print what is understood of the network, and write nothing.")
@@ -94,6 +101,8 @@ def export(
     from offramp_exporter import export as export_module
     from offramp_exporter.exit_paths import parse_exits
 
+    if precision not in ("fp32", "fp16"):
+        raise CommandError(f"--precision: {precision!r} is neither fp32 nor fp16")
     described = describe(data, data_dir, labels, preprocessing, training)
     inputs = read_inputs(example or [], described.data)
     wanted = None if exits is None else parse_exits(exits)
@@ -129,6 +138,7 @@ def export(
         "tokenizer": tokenizer,
         "default_policy": default_policy,
         "training": described.training,
+        "precision": precision,
         "overwrite": overwrite,
     }
     with step_by_step() as step:
@@ -181,9 +191,11 @@ def print_stages(manifest: "Manifest") -> None:
         table.add_row(stage.name, exit_name, *map(escape, cells))
     stdout.print(table)
     routes = ", for all patterns of its gates that were tried" if manifest.gates else ""
+    proof = manifest.provenance.proof
+    within = "1e-4" if proof is None or proof.tolerance is None else f"{proof.tolerance:.0e}".replace("e-0", "e-")
     stdout.print(
         f"\n{manifest.name} {manifest.model_digest[:12]}: {len(manifest.exits)} exits equal the network's on every "
-        f"batch size tried{routes}, within 1e-4 + 1e-4·|logit|",
+        f"batch size tried{routes}, within {within} + {within}·|logit|",
         soft_wrap=True,
         highlight=False,
     )

@@ -10,7 +10,6 @@ from offramp_contract.manifest import NativeRule, Predicate, Tensor
 from offramp_contract.policy_spec import ConfidenceSpec, NativeSpec, PolicySpec
 from offramp_contract.statistics import FloatArray
 from offramp_runtime import open_device
-from onnx import TensorProto
 from torch import nn
 
 from offramp_exporter.batch_range import BatchRange, Reference, find_batch_range
@@ -21,6 +20,7 @@ from offramp_exporter.examples import ExampleInputs, Examples
 from offramp_exporter.exits import ExitNames
 from offramp_exporter.gating.proof import prove_spared
 from offramp_exporter.gating.specialize import specialize
+from offramp_exporter.half import is_half
 from offramp_exporter.onnx_door import program_of_file, read_onnx, whole_graph_reference
 from offramp_exporter.program import Program
 from offramp_exporter.shared import share
@@ -198,7 +198,6 @@ def explain_program(program: Program, network: Reference, examples: Examples, re
     prove_structure(program, plans)
     prove_spared(traced, program, plans)
     crossing = crossings(program, plans)
-    is_half = any(program.dtypes.get(scores) == TensorProto.FLOAT16 for scores in program.exits.values())
     return Explanation(
         source=read.source,
         inputs=tuple(crossing[name].tensor for name in program.inputs),
@@ -206,7 +205,7 @@ def explain_program(program: Program, network: Reference, examples: Examples, re
         answers=read.answers,
         notes=read.notes,
         batches=find_batch_range(network, examples),
-        precision="fp16" if is_half else "fp32",
+        precision="fp16" if is_half(program) else "fp32",
         default_policy=read.default_policy,
         num_nodes=len(traced.nodes),
         shared_bytes=len(share(program, plans).content),

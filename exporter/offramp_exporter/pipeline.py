@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from offramp_contract.errors import ParityError
 from offramp_contract.manifest import Preprocessing, Provenance
 from offramp_contract.policy_spec import ConfidenceSpec, NativeSpec, PolicySpec
 from offramp_contract.statistics import FloatArray
-from offramp_runtime import Bundle, Device, open_bundle, open_device
+from offramp_runtime import Bundle, Device, StageExecutor, open_bundle, open_device
 from torch import nn
 
-from offramp_exporter.batch_range import Reference, find_batch_range
+from offramp_exporter.batch_range import BatchRange, Reference, find_batch_range
 from offramp_exporter.early_returns.native_proof import Own
 from offramp_exporter.examples import ExampleInputs, Examples, read_examples
 from offramp_exporter.exits import ExitNames
@@ -23,6 +24,7 @@ from offramp_exporter.gating.interpret import Interpreter
 from offramp_exporter.gating.proof import prove_gates, prove_spared
 from offramp_exporter.gating.specialize import specialize
 from offramp_exporter.given import read_given
+from offramp_exporter.half import Precision, half_program
 from offramp_exporter.onnx_door import program_of_file, read_onnx, whole_graph_reference
 from offramp_exporter.program import Program
 from offramp_exporter.publish import published
@@ -50,6 +52,7 @@ def export(
     default_policy: PolicySpec | None = None,
     training: Mapping[str, Any] | None = None,
     proof_inputs: ExampleInputs | None = None,
+    precision: Precision = "fp32",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -72,6 +75,8 @@ def export(
         default_policy: The policy of requests that name none.
         training: What to remember of the training; JSON values.
         proof_inputs: Real inputs, as many as there are, to prove the bundle on; calibration data for one.
+        precision: `fp16` writes weights and values in float16, proved against the network as it is at a tolerance of
+            2e-2 + 2e-2·|logit|; inputs, logits and all decisions stay float32.
         overwrite: Replace a bundle that is there.
         progress: Called with a sentence per step.
 
@@ -114,6 +119,7 @@ def export(
             device=open_device("cpu"),
             description=description,
             report=report,
+            precision=precision,
         )
     return open_bundle(Path(out))
 
@@ -131,6 +137,7 @@ def export_onnx(
     default_policy: PolicySpec | None = None,
     training: Mapping[str, Any] | None = None,
     proof_inputs: ExampleInputs | None = None,
+    precision: Precision = "fp32",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -149,6 +156,7 @@ def export_onnx(
         default_policy: The policy of requests that name none.
         training: What to remember of the training; JSON values.
         proof_inputs: Real inputs, by name or in order, as many as there are, to prove the bundle on.
+        precision: See `export`.
         overwrite: Replace a bundle that is there.
         progress: Called with a sentence per step.
 
@@ -184,7 +192,15 @@ def export_onnx(
         network = whole_graph_reference(whole, list(program.exits.values()), device)
         given = None if proof_inputs is None else read_given(proof_inputs, examples)
         _write_and_prove(
-            folder, program, network, examples, given=given, device=device, description=description, report=report
+            folder,
+            program,
+            network,
+            examples,
+            given=given,
+            device=device,
+            description=description,
+            report=report,
+            precision=precision,
         )
     return open_bundle(Path(out))
 
@@ -215,9 +231,13 @@ def _write_and_prove(
     device: Device,
     description: Description,
     report: Progress,
+    precision: Precision,
     given: Examples | None = None,
     own: Own | None = None,
 ) -> None:
+    if precision == "fp16":
+        report("writing weights and values in float16")
+        program = half_program(program)
     specialized = specialize(program)
     if specialized.gating is not None:
         names = [gate.name for gate in specialized.gating.gates]
@@ -229,17 +249,34 @@ def _write_and_prove(
     batches = find_batch_range(network, examples)
     prove_rows_independent(network, program, examples, batches)
     manifest = write_bundle(folder, specialized, plans, description, batches)
-    report(f"proving parity at batch {', '.join(map(str, batches.proved))}")
     executor = load(open_bundle(folder), device)
-    if program.marks:
-        interpreter = Interpreter(program, device)
-        num_flips = prove_gates(executor, interpreter, network, examples, batches.proved)
-        if num_flips:
-            report(f"{num_flips} rows lie within rounding of a gate's threshold and are decided otherwise")
-    else:
-        prove_parity(executor, network, examples, batches.proved)
-    proof = prove_varied(executor, network, examples, given=given, own=own, batch=batches.proved[-1], report=report)
+    try:
+        _prove_as_called(executor, program, network, examples, batches=batches, report=report)
+        proof = prove_varied(executor, network, examples, given=given, own=own, batch=batches.proved[-1], report=report)
+    except ParityError as error:
+        if precision == "fp16":
+            raise ParityError(f"{error.message}; float16 may be too coarse for it: export it in fp32") from error
+        raise
     record_proof(folder, manifest, proof)
+
+
+def _prove_as_called(
+    executor: StageExecutor,
+    program: Program,
+    network: Reference,
+    examples: Examples,
+    *,
+    batches: BatchRange,
+    report: Progress,
+) -> None:
+    """Prove parity on the example and on random inputs like it."""
+    report(f"proving parity at batch {', '.join(map(str, batches.proved))}")
+    if not program.marks:
+        prove_parity(executor, network, examples, batches.proved)
+        return
+    num_flips = prove_gates(executor, Interpreter(program, executor.device), network, examples, batches.proved)
+    if num_flips:
+        report(f"{num_flips} rows lie within rounding of a gate's threshold and are decided otherwise")
 
 
 def _model_name(text: str) -> str:

@@ -85,6 +85,11 @@ class Program:
         producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
         object.__setattr__(self, "producer", producer)
 
+    def info(self, name: str) -> ValueInfoProto:
+        """Describe a model input for a graph of its own."""
+        sizes = ["batch" if isinstance(dim, Rows) else dim for dim in self.shapes[name]]
+        return helper.make_tensor_value_info(name, self.dtypes[name], sizes)
+
 
 def program_of_model(
     model: ModelProto,

@@ -7,9 +7,10 @@ from offramp_runtime import StageExecutor
 
 from offramp_exporter.batch_range import Reference
 from offramp_exporter.coverage import Effort, cover
-from offramp_exporter.early_returns.native_proof import NEAR, Own, goal_of, prove_native
+from offramp_exporter.early_returns.native_proof import Own, goal_of, prove_native
 from offramp_exporter.examples import Examples
-from offramp_exporter.verify import prove_covered, tolerance_of
+from offramp_exporter.rounding import rounding_of
+from offramp_exporter.verify import prove_covered
 
 
 def prove_varied(
@@ -42,14 +43,15 @@ def prove_varied(
         ParityError: If the bundle differs from the network on any input, exit taken included.
     """
     coverage = cover(examples, None if own is None else goal_of(own), given=given, effort=effort)
+    rounding = rounding_of(executor.manifest)
     source = "the example" if given is None else "the example and the data"
     report(f"proving parity on {coverage.num_tried} inputs varied from {source}")
     num_flips = prove_covered(executor, reference, coverage.inputs, batch)
     if num_flips:
-        report(f"{num_flips} of them lie at a threshold inside the network: a millionth more changes its own answer")
+        report(f"{num_flips} of them lie at a threshold inside the network, where rounding changes its own answer")
     if own is not None:
         report("proving on each of them that the native policy leaves where the network itself returns")
-        num_flips = prove_native(executor, own, coverage.inputs, tolerance_of(executor))
+        num_flips = prove_native(executor, own, coverage.inputs, rounding.tolerance)
         if num_flips:
-            report(f"{num_flips} of them lie within {NEAR:g} of an exit's threshold, where rounding decides")
-    return Proof(num_inputs=coverage.num_tried, unreached=coverage.unreached)
+            report(f"{num_flips} of them lie within {rounding.near:g} of an exit's threshold, where rounding decides")
+    return Proof(num_inputs=coverage.num_tried, unreached=coverage.unreached, tolerance=rounding.tolerance)

@@ -21,18 +21,13 @@ from offramp_exporter.coverage import perturbed
 from offramp_exporter.examples import Examples
 from offramp_exporter.program import Program, values_read
 from offramp_exporter.refusal import explain
+from offramp_exporter.rounding import SINGLE, rounding_of
 from offramp_exporter.split import Kind, StagePlan, classify
-
-TOLERANCE: Final = 1e-4
-HALF_TOLERANCE: Final = 2e-2
-"""Where the network computes in float16."""
 
 MAX_FLIPS: Final = 0.05
 """Largest share of the varied inputs that may lie at a threshold inside the network, blank ones apart.
 
 In a blank input all is the same, so that whatever is ranked inside the network may well tie."""
-
-_NUDGES: Final = (1e-6, 3e-6, 1e-5)
 
 _CERTAIN: Final = 600.0
 """Log-odds past which the oracle's float64 ends."""
@@ -85,7 +80,7 @@ def prove_parity(executor: StageExecutor, reference: Reference, examples: Exampl
         ParityError: Naming exit, stage, tensor and the largest deviation.
         TraceError: If an exit gives probabilities instead of logits.
     """
-    proof = _Proof(executor, tolerance_of(executor))
+    proof = _Proof(executor, rounding_of(executor.manifest).tolerance)
     for batch in batches:
         cases = {"the example": examples.with_rows(batch), "random inputs": examples.random(batch, seed=batch)}
         for kind, inputs in cases.items():
@@ -100,11 +95,6 @@ def prove_parity(executor: StageExecutor, reference: Reference, examples: Exampl
     refuse_probabilities(executor.manifest.exits, expected)
 
 
-def tolerance_of(executor: StageExecutor) -> float:
-    """Give how far scores may lie apart, absolute and relative."""
-    return HALF_TOLERANCE if executor.manifest.precision == "fp16" else TOLERANCE
-
-
 def prove_covered(executor: StageExecutor, reference: Reference, covered: Examples, batch: int) -> int:
     """Run the bundle and the network beside each other on many inputs.
 
@@ -116,12 +106,12 @@ def prove_covered(executor: StageExecutor, reference: Reference, covered: Exampl
 
     Returns:
         How many of them lie so close to a threshold inside the network that the network itself answers otherwise when
-        they change by a millionth: there, neither answer is wrong.
+        they change by what rounding may do: there, neither answer is wrong.
 
     Raises:
         ParityError: Naming exit, stage, tensor and the largest deviation.
     """
-    proof, num_flips, num_blank = _Proof(executor, tolerance_of(executor), by_row=True), 0, 0
+    proof, num_flips, num_blank = _Proof(executor, rounding_of(executor.manifest).tolerance, by_row=True), 0, 0
     for start in range(0, covered.num_rows, batch):
         inputs = covered.rows(np.arange(start, start + batch) % covered.num_rows)
         expected = reference(inputs)
@@ -150,7 +140,7 @@ def _is_at_a_threshold(proof: "_Proof", reference: Reference, inputs: Examples, 
     expected = reference(same)
     return any(
         bool(proof.far(scores_BC, expected_BC).any())
-        for share in _NUDGES
+        for share in rounding_of(proof.executor.manifest).nudges
         for scores_BC, expected_BC in zip(reference(perturbed(same, share, seed=row)), expected, strict=True)
     )
 
@@ -198,7 +188,9 @@ class _Proof:
             self._require_close(exit_, exit_.logits, logits_BC, expected_BC, self.tolerance)
             oracle_BD = decision_of_logits(logits_BC)
             statistics_BD = decision_BD[:, : oracle_BD.shape[1]]  # a native score may follow
-            self._require_close(exit_, exit_.decision, _comparable(statistics_BD), _comparable(oracle_BD), TOLERANCE)
+            self._require_close(
+                exit_, exit_.decision, _comparable(statistics_BD), _comparable(oracle_BD), SINGLE.tolerance
+            )
 
     def compare_survivors(self, inputs: Examples, expected: Sequence[FloatArray]) -> None:
         """Let rows leave at every boundary: those that stay must answer as if nothing had happened.

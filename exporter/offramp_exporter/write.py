@@ -27,7 +27,6 @@ from offramp_contract.manifest import (
     TextPreprocessing,
 )
 from offramp_contract.policy_spec import ConfidenceSpec, PolicySpec
-from onnx import TensorProto
 from pydantic import ValidationError
 
 from offramp_exporter.batch_range import BatchRange
@@ -35,6 +34,7 @@ from offramp_exporter.boundary import Crossing, crossings
 from offramp_exporter.cost import carry_bytes, stage_flops
 from offramp_exporter.decide import add_decision
 from offramp_exporter.emit import stage_graph
+from offramp_exporter.half import is_half
 from offramp_exporter.program import Program
 from offramp_exporter.shared import WEIGHTS_FILE, Sharing, share
 from offramp_exporter.split import StagePlan
@@ -194,11 +194,10 @@ def _manifest(
     if description.preprocessing is not None:
         _check_preprocessing(description.preprocessing, inputs)
     stages_scoring = {gate: index for index, plan in enumerate(plans) for gate in plan.scored}
-    is_half = any(program.dtypes.get(scores) == TensorProto.FLOAT16 for scores in program.exits.values())
     try:
         return Manifest(
             name=description.name,
-            precision="fp16" if is_half else "fp32",
+            precision="fp16" if is_half(program) else "fp32",
             inputs=inputs,
             carries=tuple(one.tensor for name, one in crossing.items() if name not in program.inputs),
             stages=tuple(stages),

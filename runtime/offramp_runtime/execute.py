@@ -13,7 +13,7 @@ from offramp_contract.manifest import Manifest, Stage
 from offramp_contract.statistics import FloatArray, decision_width
 
 from offramp_runtime.bundle import Bundle
-from offramp_runtime.device import Device, DeviceTensor
+from offramp_runtime.interface import Device, DeviceTensor, LoadedGraph
 from offramp_runtime.weights import SharedArrays
 
 
@@ -37,20 +37,14 @@ class StageOutput:
 class StageExecutor:
     """Holds one session per stage and runs them.
 
-    Not thread-safe: one thread owns a device.
+    Several threads may run stages at the same time.
     """
 
     def __init__(self, bundle: Bundle, device: Device) -> None:
         self.manifest = bundle.manifest
         self.device = device
         shared = bundle.shared_arrays()
-        self._sessions = [
-            _load(device, shared, bundle.graph(i), stage.name) for i, stage in enumerate(self.manifest.stages)
-        ]
-        for stage, session in zip(self.manifest.stages, self._sessions, strict=True):
-            _check_graph(self.manifest, stage, session)
-        temperatures = (np.array(value, dtype=np.float32) for value in bundle.calibration.temperatures)
-        self._temperatures = [device.upload(value) for value in temperatures]
+        self._stages = [_load(bundle, device, shared, index) for index in range(len(self.manifest.stages))]
 
     def run(self, stage_index: int, carries: Mapping[str, DeviceTensor]) -> StageOutput:
         """Run one stage over one batch.
@@ -59,26 +53,48 @@ class StageExecutor:
             stage_index: Which stage.
             carries: A tensor of this device per name in the stage's `inputs`, all with the same number of rows.
         """
-        stage = self.manifest.stages[stage_index]
-        exit_ = None if stage.exit is None else self.manifest.exits[stage.exit]
-        feeds = {name: carries[name] for name in stage.inputs}
-        kept, host = [*stage.outputs], [] if stage.scores is None else [stage.scores]
-        if exit_ is not None and stage.exit is not None:
-            feeds[exit_.temperature] = self._temperatures[stage.exit]
-            kept.append(exit_.logits)
-            host.append(exit_.decision)
-        values, told = self.device.run(self._sessions[stage_index], feeds, kept, host)
+        loaded = self._stages[stage_index]
+        stage = loaded.stage
+        kept, told = loaded.graph.run({name: carries[name] for name in stage.inputs})
         return StageOutput(
-            carries=dict(zip(stage.outputs, values, strict=False)),
-            logits=None if exit_ is None else values[-1],
-            decision_BD=None if exit_ is None else told[-1],
+            carries=dict(zip(stage.outputs, kept, strict=False)),
+            logits=None if stage.exit is None else kept[-1],
+            decision_BD=None if stage.exit is None else told[-1],
             scores_BK=None if stage.scores is None else told[0],
         )
 
+    def session(self, stage_index: int) -> ort.InferenceSession:
+        """Give the session that runs a stage, for those who measure it alone."""
+        return self._stages[stage_index].session
 
-def _load(device: Device, shared: SharedArrays, graph: bytes, name: str) -> ort.InferenceSession:
-    filled, lent = shared.fill(graph, name)
-    return device.load(filled, name, lent)
+    def tune(self, stage_index: int, carries: Mapping[str, DeviceTensor]) -> None:
+        """Find out by measuring how a stage runs fastest at this number of rows, for the warm-up; see `run`."""
+        loaded = self._stages[stage_index]
+        loaded.graph.tune({name: carries[name] for name in loaded.stage.inputs})
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadedStage:
+    stage: Stage
+    session: ort.InferenceSession
+    graph: LoadedGraph
+
+
+def _load(bundle: Bundle, device: Device, shared: SharedArrays, index: int) -> _LoadedStage:
+    manifest = bundle.manifest
+    stage = manifest.stages[index]
+    filled, lent = shared.fill(bundle.graph(index), stage.name)
+    session = device.load(filled, stage.name, lent)
+    _check_graph(manifest, stage, session)
+    outputs, host = [*stage.outputs], [] if stage.scores is None else [stage.scores]
+    constants = {}
+    if stage.exit is not None:
+        exit_ = manifest.exits[stage.exit]
+        outputs.append(exit_.logits)
+        host.append(exit_.decision)
+        constants[exit_.temperature] = np.array(bundle.calibration.temperatures[stage.exit], dtype=np.float32)
+    graph = device.prepare(session, filled, constants=constants, outputs=outputs, host=host)
+    return _LoadedStage(stage, session, graph)
 
 
 def _check_graph(manifest: Manifest, stage: Stage, session: ort.InferenceSession) -> None:

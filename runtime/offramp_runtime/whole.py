@@ -13,8 +13,8 @@ from offramp_contract.gates import StagePath, gate_thresholds, opened
 from offramp_contract.manifest import Merge
 from offramp_contract.statistics import BoolArray, FloatArray
 
-from offramp_runtime.device import DeviceTensor
 from offramp_runtime.execute import StageExecutor, StageOutput
+from offramp_runtime.interface import DeviceTensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from offramp_calibration.trace import Trace
 from offramp_contract.errors import UnfitData
 from offramp_runtime import StageExecutor, open_bundle, open_device
 from offramp_runtime.device import OrtValueDevice
+from offramp_runtime.providers import on_cpu
 
 NUM_SAMPLES = 300
 
@@ -61,7 +62,7 @@ def test_the_logits_are_raw_whatever_the_temperatures(exported, data, executor, 
 
 
 def test_an_accelerator_records_what_the_cpu_does(exported, executor, data, tmp_path):
-    accelerator = StageExecutor(open_bundle(exported), OrtValueDevice("cpu", 0, "CPUExecutionProvider", 1))
+    accelerator = StageExecutor(open_bundle(exported), OrtValueDevice(on_cpu(), 1))
     one, two = record(executor, data, tmp_path / "1.npz"), record(accelerator, data, tmp_path / "2.npz")
     assert one.about == two.about
     for logits_NC, wanted_NC in zip(two.logits_ENC, one.logits_ENC, strict=True):

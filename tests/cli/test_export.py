@@ -201,3 +201,16 @@ def _write_onnx(path):
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in ("early", "late")]
     graph = helper.make_graph(nodes, "two", inputs, outputs, weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+
+
+def test_a_bundle_in_float16_says_how_close_it_is_to_the_network(offramp, networks, tmp_path):
+    done = offramp("export", f"{networks}:SameLogits", "--example", "6", "--out", "b", "--precision", "fp16")
+    assert done.exit_code == 0, done.output
+    assert "within 2e-2 + 2e-2·|logit|" in done.output
+    assert open_bundle(tmp_path / "b").manifest.precision == "fp16"
+
+
+def test_a_precision_of_no_known_name_is_refused_before_anything_is_read(offramp):
+    done = offramp("export", "nobody.nets:Net", "--example", "6", "--out", "b", "--precision", "int8")
+    assert done.exit_code != 0
+    assert "--precision: 'int8' is neither fp32 nor fp16" in done.output

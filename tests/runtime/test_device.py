@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -7,6 +9,7 @@ from offramp_contract.errors import DeviceUnavailable, ManifestError
 from offramp_runtime import Device, open_device
 from offramp_runtime.device import CpuDevice, OrtValueDevice, available_cores, gather_arrays
 from offramp_runtime.gather import FLOAT32, gather_graph
+from offramp_runtime.providers import Acceleration, Provider, cuda, tensorrt
 
 DTYPES = ["float32", "float16", "float64", "int64", "int32", "uint8", "int8", "bool"]
 
@@ -128,7 +131,21 @@ def test_arrays_that_do_not_lie_in_rows_are_placed_all_the_same(device: Device) 
 
 
 @pytest.mark.parametrize(
-    "name", ["", "gpu", "CUDA:0", "cpu:0", "auto:1", "cuda:-1", "cuda:x", "cuda:0:1", "cuda:²", " cpu"]
+    "name",
+    [
+        "",
+        "gpu",
+        "CUDA:0",
+        "cpu:0",
+        "auto:1",
+        "cuda:-1",
+        "cuda:x",
+        "cuda:0:1",
+        "cuda:²",
+        " cpu",
+        "tensorrt:-1",
+        "TensorRT",
+    ],
 )
 def test_a_device_of_no_known_name_is_refused_with_the_names_there_are(name: str) -> None:
     with pytest.raises(DeviceUnavailable, match="is none of auto, cpu, cuda, cuda:0"):
@@ -139,14 +156,16 @@ def has_cuda() -> bool:
     return "CUDAExecutionProvider" in ort.get_available_providers()
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:1"])
-def test_cuda_without_the_gpu_package_is_refused_saying_what_to_install(
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:1", "tensorrt", "tensorrt:0", "tensorrt:1"])
+def test_a_gpu_without_the_gpu_package_is_refused_saying_what_to_install(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if has_cuda():  # on a GPU machine, look like an install for the CPU
         monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    index = name.partition(":")[2] or "0"
-    with pytest.raises(DeviceUnavailable, match=rf"cuda:{index} needs the onnxruntime-gpu package \(extra `gpu`\)"):
+    kind, _, index = name.partition(":")
+    with pytest.raises(
+        DeviceUnavailable, match=rf"{kind}:{index or 0} needs the onnxruntime-gpu package \(extra `gpu`\)"
+    ):
         open_device(name)
 
 
@@ -161,7 +180,7 @@ def test_the_cpu_uses_every_core_it_may_unless_told_otherwise() -> None:
 
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")  # ONNX Runtime's word, before it falls back
 def test_a_session_that_would_silently_run_elsewhere_is_refused() -> None:
-    absent = OrtValueDevice("npu", 0, "QNNExecutionProvider", 1)
+    absent = OrtValueDevice(Provider("QNNExecutionProvider", "npu", 0, "npu:0"), 1)
     with pytest.raises(DeviceUnavailable, match=r"npu:0 was asked for, but .* fell back to CPUExecutionProvider"):
         absent.load(gather_graph(FLOAT32, 1), "probe")
 
@@ -174,4 +193,32 @@ def test_a_graph_that_onnx_runtime_refuses_is_refused_by_name(device: Device) ->
 
 def test_a_device_is_named_as_the_user_writes_it() -> None:
     assert CpuDevice(1).name == "cpu"
-    assert OrtValueDevice("cuda", 1, "CUDAExecutionProvider", 1).name == "cuda:1"
+    assert OrtValueDevice(cuda(1, Acceleration()), 1).name == "cuda:1"
+    assert OrtValueDevice(tensorrt(0, Acceleration()), 1).name == "tensorrt:0"
+
+
+def test_a_cache_that_is_no_folder_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DeviceUnavailable, match=r"tensorrt_cache: '.*file' is no folder and cannot be made one"):
+        open_device("tensorrt", 1, Acceleration(tensorrt_cache=tmp_path / "file"))
+
+
+def test_a_device_that_refuses_its_own_probe_is_unavailable_saying_what_to_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ManifestError("ONNX Runtime refuses the graph of 'probe' (RuntimeError)")
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    monkeypatch.setattr("offramp_runtime.ort_values.create_session", refuse)
+    with pytest.raises(DeviceUnavailable, match=r"tensorrt:1 cannot be used; .* CUDA, cuDNN and TensorRT"):
+        open_device("tensorrt:1", 1)
+
+
+@pytest.mark.parametrize("feeds", [{}, {"x": np.zeros((1, 2), dtype=np.float32)}])
+def test_the_cpus_short_way_to_a_session_still_refuses_feeds_that_do_not_fit(feeds: dict[str, np.ndarray]) -> None:
+    graph = gather_graph(FLOAT32, 1, is_ordered=True)
+    device = CpuDevice(1)
+    loaded = device.prepare(device.load(graph, "gather"), graph, constants={}, outputs=["gathered"], host=[])
+    with pytest.raises(Exception, match=r"[Ii]nput"):
+        loaded.run(feeds)

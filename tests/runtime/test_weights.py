@@ -115,7 +115,7 @@ def test_the_cpu_keeps_one_copy_of_a_shared_weight_for_all_sessions(
     shared_folder: Path, devices: dict[str, Device]
 ) -> None:
     executor = StageExecutor(open_bundle(shared_folder), devices["arrays"])
-    sessions = executor._sessions
+    sessions = [executor.session(stage) for stage in range(len(executor.manifest.stages))]
     places = [value.data_ptr() for session in sessions for name, value in session.lent.items() if name == "V1"]
     assert len(places) == 1 + sum("V1" in graph_weights(shared_folder, stage) for stage in (0, 1, 3))
     assert len(set(places)) == 1

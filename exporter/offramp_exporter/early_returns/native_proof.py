@@ -15,6 +15,7 @@ from offramp_runtime import StageExecutor, run_all_exits
 
 from offramp_exporter.coverage import Behaviour, Goal, perturbed
 from offramp_exporter.examples import Examples
+from offramp_exporter.rounding import rounding_of
 
 
 class Own(Protocol):
@@ -38,13 +39,8 @@ class Own(Protocol):
         """Tell what it does with some rows."""
 
 
-NEAR: Final = 1e-5
-"""How far a score may lie from its threshold for a rounding error to decide, absolute or as a share of it."""
-
 MAX_FLIPS: Final = 0.1
 """Largest share of the inputs that may lie so close to a threshold; more are no accident."""
-
-_NUDGES: Final = (1e-6, 3e-6, 1e-5)
 
 
 def goal_of(own: Own) -> Goal:
@@ -95,7 +91,7 @@ def prove_native(executor: StageExecutor, own: Own, inputs: Examples, tolerance:
         taken = int(exits_taken(executor, one)[0])
         if taken != exit_index:
             num_flips += 1
-            is_excused = _is_near(executor, one) or _is_undecided(own, one, exit_index)
+            is_excused = _is_near(executor, one) or _is_undecided(executor, own, one, exit_index)
             if not is_excused or num_flips > MAX_FLIPS * inputs.num_rows:
                 names = [exit_.name for exit_ in executor.manifest.exits]
                 raise ParityError(
@@ -122,19 +118,20 @@ def _require_close(actual_1C: FloatArray, expected_1C: FloatArray, exit_: str, t
 
 def _is_near(executor: StageExecutor, one: Examples) -> bool:
     """Tell whether any exit's score is within rounding of its threshold."""
+    near = rounding_of(executor.manifest).near
     margins = [
-        abs(float(_native_scores(decision_BD)[0]) - exit_.native.threshold) - NEAR * abs(exit_.native.threshold)
+        abs(float(_native_scores(decision_BD)[0]) - exit_.native.threshold) - near * abs(exit_.native.threshold)
         for exit_, (_, decision_BD) in _run(executor, one)
         if exit_.native is not None
     ]
-    return min(margins) <= NEAR
+    return min(margins) <= near
 
 
-def _is_undecided(own: Own, one: Examples, exit_index: int) -> bool:
+def _is_undecided(executor: StageExecutor, own: Own, one: Examples, exit_index: int) -> bool:
     """Tell whether the network compares what rounding may turn, or returns elsewhere when the input hardly changes."""
-    if own.closeness(one) <= NEAR:
+    if own.closeness(one) <= rounding_of(executor.manifest).near:
         return True
-    nudged = (perturbed(one, share, seed) for share in _NUDGES for seed in range(4))
+    nudged = (perturbed(one, share, seed) for share in rounding_of(executor.manifest).nudges for seed in range(4))
     answers = (own.own(inputs) for inputs in nudged)
     return any(answer is None or answer[0] != exit_index for answer in answers)
 

@@ -7,13 +7,12 @@ import numpy as np
 from offramp_contract.errors import ManifestError, SplitError
 from offramp_contract.statistics import BoolArray, FloatArray
 from offramp_runtime import Device
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from offramp_exporter.examples import Examples
 from offramp_exporter.gating.marks import is_gate
 from offramp_exporter.program import Program
 from offramp_exporter.sizes import BATCH_SIZE
-from offramp_exporter.values import Rows, Shape
 
 _FORCED = "offramp.forced"
 _FORCED_OPEN = "offramp.forced_open"
@@ -101,7 +100,7 @@ def _model(program: Program) -> bytes:
     graph = helper.make_graph(
         nodes,
         "whole",
-        [*(_info(program, name) for name in program.inputs), *flags],
+        [*(program.info(name) for name in program.inputs), *flags],
         list({one.name: one for one in outputs}.values()),
         list(program.initializers.values()),
     )
@@ -136,9 +135,3 @@ def _decided(program: Program, node: NodeProto, index: int) -> Iterator[NodeProt
 
 def _described(value: np.ndarray) -> tuple[int, tuple[int, ...], list[float]]:
     return helper.np_dtype_to_tensor_dtype(value.dtype), value.shape, value.ravel().tolist()
-
-
-def _info(program: Program, name: str) -> ValueInfoProto:
-    shape: Shape = program.shapes[name]
-    sizes = ["batch" if isinstance(dim, Rows) else dim for dim in shape]
-    return helper.make_tensor_value_info(name, program.dtypes[name], sizes)

@@ -22,8 +22,9 @@ from offramp_exporter.gating.interpret import Interpreter
 from offramp_exporter.gating.marks import Gating
 from offramp_exporter.program import Program
 from offramp_exporter.refusal import explain
+from offramp_exporter.rounding import rounding_of
 from offramp_exporter.split import Kind, StagePlan, label
-from offramp_exporter.verify import refuse_probabilities, tolerance_of
+from offramp_exporter.verify import refuse_probabilities
 
 _MOST_ALONE: Final = 64
 """Gates that are proved one by one; of more, as many are drawn."""
@@ -88,7 +89,7 @@ def _patterns(num_gates: int, batch: int, generator: np.random.Generator) -> Ite
 class _GateProof:
     def __init__(self, executor: StageExecutor, interpreter: Interpreter) -> None:
         self._executor, self._interpreter = executor, interpreter
-        self._tolerance = tolerance_of(executor)
+        self._tolerance = rounding_of(executor.manifest).tolerance
         marks = [mark.name for mark in interpreter.marks]
         self._columns = [marks.index(gate.name) for gate in executor.manifest.gates]
         self._num_marks = len(marks)
