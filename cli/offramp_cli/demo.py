@@ -112,7 +112,7 @@ def _explain(measured: Sequence[Measured], url: str, load: DigitsLoad) -> None:
         raise CommandError(f"{failed} requests were not answered")
     stdout.print(
         f"\n{measured[0].num_answered} requests a row, each with one of {len(load.payloads)} test images, "
-        f"{load.plan.rate:g} a second (Poisson), on {machine()}.\n"
+        f"{load.rate:g} a second (Poisson), on {machine()}.\n"
         "Depth is the share of the full network's FLOPs that an answer took; latency counts from when a request\n"
         "was due; a forced answer is one that its latency budget cut short. `compute ≤` asks for the best answers\n"
         "within an average depth; the bundle's calibration, on images held out from training, knows the rule.\n\n"
@@ -127,7 +127,7 @@ def _draw(load: DigitsLoad, figure: Path) -> None:
     num_exits = len(load.exit_names)
     static = _all(load, [at_exit(index, num_exits) for index in range(num_exits)], "measuring each exit")
     adaptive = _all(load, [confidence(threshold) for threshold in THRESHOLDS], "measuring thresholds")
-    draw_trade_off(adaptive, static, load.plan, figure)
+    draw_trade_off(adaptive, static, load, figure)
     stdout.print(f"figure   {figure}", highlight=False)
 
 

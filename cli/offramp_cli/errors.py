@@ -20,7 +20,6 @@ EXTRA_OF_MODULE = {
     "scipy": "calibrate",
     "jinja2": "calibrate",
     "onnxruntime": "cpu",
-    "aiohttp": "loadtest",
 }
 
 

@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offramp_loadtest import LoadPlan
-
+    from offramp_cli.load import DigitsLoad
     from offramp_cli.measure import Measured
 
 EARLY, STATIC = "#0b6e4f", "#8a8d91"
 
 
-def draw_trade_off(adaptive: "Sequence[Measured]", static: "Sequence[Measured]", plan: "LoadPlan", path: Path) -> None:
+def draw_trade_off(
+    adaptive: "Sequence[Measured]", static: "Sequence[Measured]", load: "DigitsLoad", path: Path
+) -> None:
     """Write an SVG (or what the suffix says): accuracy over average compute and over median latency.
 
     Args:
         adaptive: One threshold each, from the cheapest to the dearest.
         static: Every request leaving at the same exit, from the first exit to the last.
-        plan: The load they were measured under; stands under the figure.
+        load: The load they were measured under; stands under the figure.
         path: Where to write it.
     """
     import matplotlib as mpl
@@ -45,11 +46,11 @@ def draw_trade_off(adaptive: "Sequence[Measured]", static: "Sequence[Measured]",
         latency.set(xlabel="median latency over HTTP, ms")
         latency.set_xlim(left=0)
         compute.legend(frameon=False, loc="lower right")
-        figure.text(0.01, 0.012, _caption(static, plan), fontsize=7, color="#55585c")
+        figure.text(0.01, 0.012, _caption(static, load), fontsize=7, color="#55585c")
         figure.tight_layout(rect=(0, 0.04, 1, 1))
         path.parent.mkdir(parents=True, exist_ok=True)
         # Without a date the same numbers give the same file.
-        metadata = {"Date": None, "Description": _caption(static, plan)} if path.suffix == ".svg" else None
+        metadata = {"Date": None, "Description": _caption(static, load)} if path.suffix == ".svg" else None
         figure.savefig(path, metadata=metadata, dpi=150)
         plt.close(figure)
 
@@ -69,10 +70,10 @@ def _label_points(axis: Any, adaptive: "Sequence[Measured]", static: "Sequence[M
             )
 
 
-def _caption(static: "Sequence[Measured]", plan: "LoadPlan") -> str:
+def _caption(static: "Sequence[Measured]", load: "DigitsLoad") -> str:
     return (
-        f"a point: {static[0].num_answered} requests with one handwritten digit each, {plan.rate:g}/s (Poisson), seed "
-        f"{plan.seed}; {machine()}; drawn by `offramp demo --figure`"
+        f"a point: {static[0].num_answered} requests with one handwritten digit each, {load.rate:g}/s (Poisson), seed "
+        f"{load.scenario.seed}; {machine()}; drawn by `offramp demo --figure`"
     )
 
 

@@ -3,9 +3,10 @@
 import io
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,12 +34,16 @@ class Payload:
         array: The row without a batch axis, or None for an encoded image.
         image: An image file's bytes, or None for an array.
         content_type: Of the image.
+        difficulty: How hard the row is, in any unit, if that is known; only the order counts.
+        fields: Routing fields of this row's request, beside the scenario's; they win.
     """
 
     label: int | None
     array: np.ndarray | None = None
     image: bytes | None = None
     content_type: str = ""
+    difficulty: float | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     def npy(self) -> bytes:
         """Encode the array as an `.npy` file with a batch axis of 1."""
@@ -47,27 +52,39 @@ class Payload:
         return buffer.getvalue()
 
 
-def payloads_of_arrays(inputs: np.ndarray, labels: Sequence[int] | np.ndarray | None = None) -> tuple[Payload, ...]:
+def payloads_of_arrays(
+    inputs: np.ndarray,
+    labels: Sequence[int] | np.ndarray | None = None,
+    difficulty: Sequence[float] | np.ndarray | None = None,
+) -> tuple[Payload, ...]:
     """Make one payload per row.
 
     Raises:
-        LoadTestError: If there is no row, or the labels are not one per row.
+        LoadTestError: If there is no row, or the labels or difficulties are not one per row.
     """
     if inputs.ndim < 1 or not len(inputs):
         raise LoadTestError("data: holds no row")
     if labels is not None and len(labels) != len(inputs):
         raise LoadTestError(f"data: {len(inputs)} inputs, but {len(labels)} labels")
+    if difficulty is not None and np.shape(difficulty) != (len(inputs),):
+        raise LoadTestError(f"data: 'difficulty' must hold one number for each of {len(inputs)} inputs")
     step = -(-len(inputs) // MAX_PAYLOADS)  # data sorted by class must not lose its last classes
     rows = inputs[::step]
     try:
         known = [None] * len(rows) if labels is None else [int(label) for label in labels[::step]]
     except (TypeError, ValueError):
         raise LoadTestError("data: labels must be class numbers") from None
-    return tuple(Payload(label, np.ascontiguousarray(row)) for row, label in zip(rows, known, strict=True))
+    hard = [None] * len(rows) if difficulty is None else np.asarray(difficulty[::step], dtype=np.float64).tolist()
+    return tuple(
+        Payload(label, np.ascontiguousarray(row), difficulty=score)
+        for row, label, score in zip(rows, known, hard, strict=True)
+    )
 
 
 def read_payloads(path: Path) -> tuple[Payload, ...]:
-    """Read payloads from an `.npz` (inputs and labels), an `.npy` (inputs), or a folder of images, a folder per class.
+    """Read payloads from an `.npz` (inputs, labels), an `.npy` (inputs), or a folder of images, a folder per class.
+
+    An `.npz` may hold a third array, `difficulty`.
 
     Nothing is ever unpickled. An image folder's classes are its folders' names where all are
     numbers, else their places in alphabetical order.
@@ -81,7 +98,7 @@ def read_payloads(path: Path) -> tuple[Payload, ...]:
         raise LoadTestError(f"data: {str(path)!r} does not exist")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise LoadTestError(f"data: {path.name!r} is over {MAX_FILE_BYTES} bytes")
-    _refuse_expansion(path)
+    refuse_expansion(path)
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
@@ -89,15 +106,20 @@ def read_payloads(path: Path) -> tuple[Payload, ...]:
                 return payloads_of_arrays(loaded)
             inputs = next((loaded[name] for name in INPUT_NAMES if name in loaded.files), None)
             labels = next((loaded[name] for name in LABEL_NAMES if name in loaded.files), None)
+            difficulty = loaded["difficulty"] if "difficulty" in loaded.files else None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
         raise LoadTestError(f"data: {path.name!r} is not an .npz or .npy file of plain arrays") from None
     if inputs is None:
         raise LoadTestError(f"data: {path.name!r} needs an array named one of {', '.join(INPUT_NAMES)}")
-    return payloads_of_arrays(inputs, labels)
+    return payloads_of_arrays(inputs, labels, difficulty)
 
 
-def _refuse_expansion(path: Path) -> None:
-    """Refuse a small archive that would grow to more than may be read."""
+def refuse_expansion(path: Path) -> None:
+    """Refuse a small archive that would grow to more than may be read.
+
+    Raises:
+        LoadTestError: If it would.
+    """
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:

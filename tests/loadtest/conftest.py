@@ -12,14 +12,19 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @contextmanager
-def _listening(handler: Handler) -> Iterator[str]:
+def _listening(handler: Handler, *, has_metrics: bool = False) -> Iterator[str]:
+    async def route(request: web.Request) -> web.StreamResponse:
+        if request.path.endswith("/metrics") and not has_metrics:
+            return web.Response(status=404)
+        return await handler(request)
+
     loop = asyncio.new_event_loop()
     started: asyncio.Future[int] = loop.create_future()
     stopping = asyncio.Event()
 
     async def serve() -> None:
         app = web.Application()
-        app.router.add_route("*", "/{path:.*}", handler)
+        app.router.add_route("*", "/{path:.*}", route)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)

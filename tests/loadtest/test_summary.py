@@ -3,6 +3,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from offramp_loadtest.metrics import ServerSide
 from offramp_loadtest.summary import OUTCOMES, Record, summarise
 from offramp_loadtest.targets import Answer
 
@@ -55,3 +56,18 @@ def test_without_labels_or_an_objective_nothing_is_made_up():
     assert summary.mean_depth is None
     assert summary.queue_ms == {}
     json.dumps(summary.to_json())
+
+
+def test_a_client_that_is_behind_and_counts_that_do_not_add_up_are_said():
+    records = [Record(0.0, 0.1, 0.2, "ok", 1, Answer(1)) for _ in range(10)]
+    (behind, odd) = summarise(records, 1.0, 50.0, 0, server=ServerSide({"ok": 9})).notes
+    assert "got to 1 % of the requests 100.0 ms or more after they were due" in behind
+    assert "The server counts 9 requests, the client 10" in odd
+    assert not summarise(records, 1.0, 5000.0, 0, server=ServerSide({"ok": 10})).notes
+
+
+def test_a_client_that_left_may_be_counted_by_the_server_or_not():
+    records = [Record(0.0, 0.0, 0.01, "ok", 1, Answer(1)), Record(0.0, 0.0, 0.01, "left", 1, None, "leave")]
+    for counted in (1, 2):
+        assert not summarise(records, 1.0, 50.0, 0, server=ServerSide({"ok": counted})).notes
+    assert summarise(records, 1.0, 50.0, 0, server=ServerSide({"ok": 3})).notes
