@@ -20,7 +20,8 @@ SYSTEM_TOOLS := prometheus promtool docker-compose curl chromium
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-system test-slow lint format bench dashboards clean
+.PHONY: help demo serve test test-system test-slow lint format dashboards clean
+.PHONY: bench bench-budgets bench-stages bench-goodput bench-soak
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -56,8 +57,30 @@ format: $(CAN_LINT) ## format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(CAN_RUN) ## measure how well latency budgets are kept, on this machine
-	@$(BIN)/python loadtest/benchmarks/latency_budget.py $(ARGS)
+# BUNDLE is a calibrated bundle, DATA its test data, as for `offramp evaluate`, and DATA_DIR where named data sets lie.
+BUNDLE ?=
+DATA ?=
+DATA_DIR ?=
+ON_DATA = $(BUNDLE) --data $(DATA) $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(ARGS)
+HAS_DATA = @test -n '$(BUNDLE)' -a -n '$(DATA)' || { \
+    echo "name a calibrated bundle and its test data: make $@ BUNDLE=bundles/msdnet-cifar100 DATA=cifar100" >&2; exit 1; }
+
+bench: bench-budgets bench-stages bench-goodput bench-soak ## measure all of the below; BUNDLE=… DATA=… (DATA_DIR=…)
+
+bench-budgets: $(CAN_RUN) ## measure how well latency budgets are kept on an idle server, 3 minutes
+	@$(BIN)/python loadtest/benchmarks/latency_budget.py
+
+bench-stages: $(CAN_RUN) ## measure stages against one graph, and the engine's time for a dispatch, 2 minutes
+	@$(BIN)/python server/benchmarks/stages_and_graph.py
+
+bench-goodput: $(CAN_RUN) ## measure correct goodput against load, 15 minutes; BUNDLE=… DATA=…
+	$(HAS_DATA)
+	@$(BIN)/python loadtest/benchmarks/goodput.py $(ON_DATA) --out docs/benchmarks/goodput
+	@$(BIN)/python loadtest/benchmarks/goodput_report.py docs/benchmarks/goodput/*.json --out docs/benchmarks/goodput.md
+
+bench-soak: $(CAN_RUN) ## load a server for half an hour and judge it; BUNDLE=… DATA=…
+	$(HAS_DATA)
+	@$(BIN)/python loadtest/benchmarks/soak.py $(BUNDLE) --data $(DATA) $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 
 dashboards: $(CAN_TEST_SYSTEM) ## write dashboards/offramp.json anew
 	@$(BIN)/python dashboards/build.py

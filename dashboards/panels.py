@@ -176,6 +176,16 @@ DEADLINES: Row = (
         Panel("Deadlines missed, over time", "Share of requests with a deadline.", MISSED, "missed", SHARE, width=12),
     ),
 )  # fmt: skip
+GEARS: Row = (
+    "Gears",
+    (
+        Panel("Gear", "How far the load has moved each version down its certified operating points; 0: not at all, or "
+              "it has none.",
+              f"sum by (version) (offramp_gear{{{CHOSEN}}})", "{{version}}", "short", width=12),
+        Panel("Requests by gear, over time", "Of requests that leave the choice to the server, which gear served them.",
+              rate("offramp_gear_requests_total", "gear"), "gear {{gear}}", look="shares", width=12),
+    ),
+)  # fmt: skip
 WHOLE: Row = (
     "The whole server",
     (
@@ -191,4 +201,4 @@ WHOLE: Row = (
     ),
 )  # fmt: skip
 
-ROWS = (NOW, REQUESTS, DEPTHS, GATES, STAGES, DEADLINES, WHOLE)
+ROWS = (NOW, REQUESTS, DEPTHS, GATES, STAGES, DEADLINES, GEARS, WHOLE)

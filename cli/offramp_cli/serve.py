@@ -1,6 +1,7 @@
 """`offramp serve`: a bundle, or a folder of bundles, behind HTTP."""
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,20 +36,34 @@ def run(settings: ServerSettings, bundles: Path) -> None:
         BundleError: If a bundle that stands alone cannot be served.
         DeviceUnavailable: If the device cannot be used.
         OSError: If the port is taken.
+        typer.Exit: If HTTP workers crash again and again.
     """
-    from offramp_runtime import open_device
+    from offramp_runtime import Acceleration, available_cores, open_device
     from offramp_server.app import create_app
     from offramp_server.engine import Engine
+    from offramp_server.http_workers.serve import bind_for_workers, run_with_workers
     from offramp_server.metrics import Metrics
     from offramp_server.repository import Repository
     from offramp_server.serve import bind, run_server
 
-    listener = bind(settings)  # a taken port is better known before the models are warmed up
-    with listener:
+    # A taken port is better known before the models are warmed up.
+    listeners = [bind(settings)] if settings.http_workers == 1 else bind_for_workers(settings)
+    with ExitStack() as opened:
+        for listener in listeners:
+            opened.enter_context(listener)
         metrics = Metrics()
-        with Engine(open_device(settings.device, settings.threads), settings.engine_settings(), metrics) as engine:
+        acceleration = Acceleration(settings.cuda_graphs, settings.tensorrt_cache, settings.tensorrt_fp16)
+        threads = settings.threads_behind_a_stage(available_cores())
+        device = open_device(settings.device, threads, acceleration)
+        with Engine(device, settings.engine_settings(), metrics) as engine:
             repository = Repository(
                 engine, bundles, settings.default_model, settings.body_timeout_s, settings.defaults_of
             )
             repository.load_all()
-            run_server(create_app(settings, repository, engine, metrics), settings, engine, listener)
+            app = create_app(settings, repository, engine, metrics)
+            if settings.http_workers == 1:
+                run_server(app, settings, engine, listeners[0])
+            elif status := run_with_workers(
+                app, settings, repository, engine, listeners=listeners, log_format=LOG_FORMAT
+            ):
+                raise typer.Exit(status)

@@ -43,6 +43,7 @@ def create_app(settings: ServerSettings, repository: Repository, engine: Engine,
         with ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="offramp-decode") as workers:
             bridge = LoopBridge(asyncio.get_running_loop())
             app.state.context = ServerContext(settings, repository, engine, bridge, metrics, workers)
+            app.state.shortcut.open(app.state.context)
             watching = asyncio.create_task(repository.watch(settings.repository_poll_s))
             try:
                 yield
@@ -57,6 +58,7 @@ def create_app(settings: ServerSettings, repository: Repository, engine: Engine,
         openapi_url=None,
         exception_handlers={OfframpError: on_offramp_error, HTTPException: on_http_exception},
     )
+    app.state.shortcut = open_inference.InferShortcut(settings)
     app.router.routes.extend([*classify.routes(), *models.routes(), *open_inference.routes(), *docs.routes()])
     app.router.routes.append(Route("/metrics", _exposition, methods=["GET"]))
     app.router.redirect_slashes = False
@@ -67,5 +69,7 @@ def create_app(settings: ServerSettings, repository: Repository, engine: Engine,
 
 
 async def _exposition(request: Request) -> Response:
-    body, content_type = context_of(request).metrics.exposition()
+    context = context_of(request)
+    context.engine.report_gears()
+    body, content_type = context.metrics.exposition()
     return Response(body, headers={"content-type": content_type})

@@ -28,6 +28,29 @@ class LoopBridge:
         with suppress(RuntimeError):  # the loop is closed: nobody is left who waits
             self._loop.call_soon_threadsafe(self._hand_out, events)
 
+    def ask(
+        self,
+        engine: Engine,
+        served: ServedModel,
+        inputs: dict[str, np.ndarray],
+        options: RequestOptions,
+        arrival_s: float | None = None,
+        *,
+        take: Callable[[Progress | Result], None],
+    ) -> Submission:
+        """Submit a request whose events are taken by a function, on the event loop; see `Engine.submit`.
+
+        Call it on the event loop's thread, and `forget` once the result is there or nobody waits for it any more.
+        """
+        submission = engine.submit(served, inputs, options, self, arrival_s)
+        self._takers[submission] = take
+        return submission
+
+    def forget(self, submission: Submission) -> None:
+        """Take no more events of a submission; one that has no result yet is cancelled."""
+        del self._takers[submission]
+        submission.cancel()
+
     async def answer(
         self,
         engine: Engine,
@@ -43,13 +66,11 @@ class LoopBridge:
             if isinstance(event, Result) and not future.done():
                 future.set_result(event)
 
-        submission = engine.submit(served, inputs, options, self, arrival_s)
-        self._takers[submission] = take
+        submission = self.ask(engine, served, inputs, options, arrival_s, take=take)
         try:
             return await future
         finally:
-            del self._takers[submission]
-            submission.cancel()
+            self.forget(submission)
 
     async def stream(
         self,
@@ -61,8 +82,7 @@ class LoopBridge:
     ) -> AsyncIterator[Progress | Result]:
         """Submit a request and give its progress as it comes, then its result; see `Engine.submit`."""
         events: asyncio.Queue[Progress | Result] = asyncio.Queue()
-        submission = engine.submit(served, inputs, options, self, arrival_s)
-        self._takers[submission] = events.put_nowait
+        submission = self.ask(engine, served, inputs, options, arrival_s, take=events.put_nowait)
         try:
             while True:
                 event = await events.get()
@@ -70,8 +90,7 @@ class LoopBridge:
                 if isinstance(event, Result):
                     return
         finally:
-            del self._takers[submission]
-            submission.cancel()
+            self.forget(submission)
 
     def _hand_out(self, events: list[tuple[Submission, Progress | Result]]) -> None:
         for submission, event in events:

@@ -1,17 +1,12 @@
-"""The engine: admits requests, owns the device's thread, drains, and knows whether it is healthy.
+"""The engine: admits requests, owns the device's threads, drains, and knows whether it is healthy.
 
 Two invariants: every admitted request gets exactly one answer, and readiness is the engine's word. A thread that dies
-answers everyone it owed and makes the engine not ready.
+makes the engine not ready, and everyone who is still owed an answer gets one.
 """
 
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,37 +14,22 @@ import numpy as np
 from offramp_contract.errors import InvalidValue, NotReady, OfframpError, UnknownModel
 from offramp_runtime import Bundle, Device, open_bundle, open_device
 
-from offramp_server.admission import Admission
+from offramp_server.admission import Admission, Lot
+from offramp_server.choice import Choice
 from offramp_server.engine_settings import EngineSettings
 from offramp_server.fields import NoLimits, read_routing
 from offramp_server.inputs import conform
+from offramp_server.ladder import ladder_under
 from offramp_server.loop import DeviceLoop
 from offramp_server.messages import NoObserver, Observer, RequestOptions, Result
+from offramp_server.rules import Rules
+from offramp_server.runners import CLOSE_TIMEOUT_S, Runners
 from offramp_server.scheduler import Scheduler
 from offramp_server.served import Clock, ServedModel
 from offramp_server.shield import ShieldedObserver
 from offramp_server.submission import Listener, Sample, Submission, Waiter
 
 logger = logging.getLogger(__name__)
-
-ROUNDS_PER_CHORE = 8
-"""While there is work, profiling a new model gets one run in so many rounds."""
-CLOSE_TIMEOUT_S = 60.0
-
-
-@dataclass(slots=True)
-class _Chore:
-    """Work for the device that nobody waits for with a deadline, in small steps.
-
-    Attributes:
-        steps: Gives, before each step, the seconds that step is expected to take.
-        next_s: Those of the next step.
-        done: Resolved when no step is left.
-    """
-
-    steps: Iterator[float]
-    next_s: float = 0.0
-    done: Future[None] = field(default_factory=Future)
 
 
 class Engine:
@@ -73,27 +53,20 @@ class Engine:
         self.settings = settings or EngineSettings()
         self._observer = ShieldedObserver(observer or NoObserver())
         self._clock = clock
-        self._admission = Admission(self.settings)
         self._cancel_signal = threading.Event()
         margin_s = self.settings.margin_ms / 1e3
-        scheduler: Scheduler[Sample] = Scheduler(self.settings.max_batch, margin_s, self.settings.fair_share_ms / 1e3)
         self._loop = DeviceLoop(
-            scheduler,
+            _scheduler(self.settings),
             observer=self._observer,
             clock=clock,
             margin_s=margin_s,
             on_settled=self._on_settled,
             cancel_signal=self._cancel_signal,
         )
-        self._wakeup = threading.Condition()
-        self._commands: deque[Callable[[], None]] = deque()
-        self._chores: deque[_Chore] = deque()
+        self._admission = Admission(self.settings, self._loop.num_unseen)
         self._models: tuple[ServedModel, ...] = ()
         self._is_draining = False
-        self._is_stopping = False
-        self._cause_of_death: str | None = None
-        self._thread = threading.Thread(target=self._serve, name="offramp-engine", daemon=True)
-        self._thread.start()
+        self._runners = Runners(self._loop, self.settings.runners)
 
     @classmethod
     def open(cls, bundle: Path | str, device: str = "auto", settings: EngineSettings | None = None) -> Self:
@@ -120,11 +93,7 @@ class Engine:
     @property
     def why_not_ready(self) -> str | None:
         """The reason why no request is admitted, or None."""
-        if self._cause_of_death is not None:
-            return f"the engine has died: {self._cause_of_death}"
-        if self._is_stopping or not self._thread.is_alive():
-            return "the engine is closed"
-        return "the engine is draining" if self._is_draining else None
+        return self._runners.why_ended or ("the engine is draining" if self._is_draining else None)
 
     @property
     def is_ready(self) -> bool:
@@ -133,39 +102,44 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine's thread runs; false means that only a restart helps."""
-        return self._cause_of_death is None and self._thread.is_alive()
+        """Whether the engine's threads run; false means that only a restart helps."""
+        return self._runners.is_alive
 
     @property
     def num_inflight(self) -> int:
         """Admitted, unanswered rows."""
         return self._admission.num_inflight()
 
-    def add_model(self, bundle: Bundle, name: str | None = None) -> ServedModel:
+    def add_model(self, bundle: Bundle, name: str | None = None, default: Choice | None = None) -> ServedModel:
         """Load a bundle, warm it up and profile it while the others go on serving; blocks until it is ready.
+
+        Args:
+            bundle: What to load.
+            name: What to call it; None takes the manifest's name.
+            default: What serves requests that choose nothing, and so is gear 0; None is the bundle's default policy.
 
         Raises:
             ManifestError: If a graph cannot be loaded or does not fit the manifest.
             NotReady: If the engine is closed or dies meanwhile.
         """
-        served = ServedModel(name or bundle.manifest.name, bundle, self.device, self.settings.max_batch)
-        chore = _Chore(served.warm_up(self._clock, self.settings.warm_up_s))
-        self._command(lambda: self._chores.append(chore))
-        chore.done.result()
+        name = name or bundle.manifest.name
+        ladder = ladder_under(self.settings, name, bundle, default)
+        served = ServedModel(name, bundle, self.device, self.settings.max_batch, ladder)
+        self._runners.do(served.warm_up(self._clock, self.settings.warm_up_s))
         self._observer.model_added(served.loaded)
-        self._command(lambda: self._loop.add_model(served))
-        with self._wakeup:
+        self._runners.command(lambda: self._loop.add_model(served))
+        with self._runners.wakeup:
             self._models = (*self._models, served)
         self._observer.inflight_changed(served.name, served.version, 0)
         return served
 
     def remove_model(self, served: ServedModel, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Stop admitting requests for a model, let those in flight finish, and unload it."""
-        with self._wakeup:  # a request is admitted under this lock: none slips in behind the wait below
+        with self._runners.wakeup:  # a request is admitted under this lock: none slips in behind the wait below
             self._models = tuple(model for model in self._models if model is not served)
         self._admission.wait_until_empty(served, timeout_s)
         error = NotReady(f"model {served.name!r} was unloaded")
-        self._command(lambda: self._unload(served, error))
+        self._runners.command(lambda: self._unload(served, error))
 
     def submit(
         self,
@@ -191,6 +165,7 @@ class Engine:
         now = self._clock()
         arrived = now if arrival_s is None else arrival_s
         budget_ms = self.settings.default_latency_ms if options.latency_ms is None else options.latency_ms
+        options, gear = served.in_gear(options, now)
         submission = Submission(
             served,
             inputs,
@@ -199,15 +174,19 @@ class Engine:
             arrival_s=arrived,
             budget_ms=budget_ms,
             cancel_signal=self._cancel_signal,
+            gear=gear,
         )
         try:
-            with self._wakeup:
+            with self._runners.wakeup:
                 self._refuse_unless_ready(served)
-                num_inflight = self._admission.admit(served, submission.num_rows, options, submission.deadline_s - now)
+                submission.lot, num_inflight = self._admission.admit(
+                    served, submission.num_rows, options, submission.deadline_s - now, now=now, gear=gear
+                )
+                if gear is not None and gear != self.gear_of(served):
+                    self.report_gears()
                 # Told before the engine can answer, so that the last number told is that of the last answer.
                 self._observer.inflight_changed(served.name, served.version, num_inflight)
-                self._commands.append(lambda: self._loop.enqueue(submission, now))
-                self._wakeup.notify()
+                self._runners.command(lambda: self._loop.enqueue(submission, now))
         except OfframpError as error:
             self._observer.rejected(served.name, served.version, error.code)
             raise
@@ -250,18 +229,26 @@ class Engine:
                 return served
         raise UnknownModel(f"model: no model {name!r} is loaded", field="model")
 
+    def gear_of(self, served: ServedModel) -> int | None:
+        """Give the gear that a model is in; None if it has none."""
+        return None if served.gears is None else served.gears.at(self._clock())
+
+    def report_gears(self) -> None:
+        """Tell the observer each model's gear: without requests it falls unseen."""
+        for served in self._models:
+            gear = self.gear_of(served)
+            if gear is not None:
+                self._observer.gear_changed(served.name, served.version, gear)
+
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and let those in flight finish; false if that takes longer than the timeout."""
-        with self._wakeup:  # as in `remove_model`
+        with self._runners.wakeup:  # as in `remove_model`
             self._is_draining = True
         return self._admission.wait_until_empty(None, timeout_s)
 
     def close(self) -> None:
-        """Stop the thread; requests still in flight are answered with `NotReady`."""
-        with self._wakeup:
-            self._is_stopping = True
-            self._wakeup.notify()
-        self._thread.join(CLOSE_TIMEOUT_S)
+        """Stop the threads; requests still in flight are answered with `NotReady`."""
+        self._runners.stop()
 
     def _refuse_unless_ready(self, served: ServedModel) -> None:
         reason = self.why_not_ready
@@ -274,65 +261,18 @@ class Engine:
         self._loop.remove_model(served, error)
         self._observer.model_removed(served.name, served.version)
 
-    def _command(self, command: Callable[[], None]) -> None:
-        with self._wakeup:
-            if self._cause_of_death is not None or self._is_stopping:
-                raise NotReady(self.why_not_ready or "the engine is closed")
-            self._commands.append(command)
-            self._wakeup.notify()
-
-    def _on_settled(self, served: ServedModel, num_rows: int) -> None:
-        left = self._admission.release(served, num_rows)
+    def _on_settled(self, lot: Lot, num_rows: int) -> None:
+        served, left = lot.served, self._admission.release(lot, num_rows)
         self._observer.inflight_changed(served.name, served.version, left)
 
-    def _serve(self) -> None:
-        """Be the device's thread."""
-        try:
-            rounds = 0
-            while self._wait_for_work():
-                self._obey()
-                ran = self._loop.step()
-                rounds += 1
-                if self._chores and (not ran or rounds % ROUNDS_PER_CHORE == 0):
-                    self._advance(self._chores[0])
-        except BaseException as error:
-            logger.critical("the engine's thread has died", exc_info=True)
-            self._cause_of_death = type(error).__name__
-        finally:
-            self._answer_everyone()
 
-    def _wait_for_work(self) -> bool:
-        with self._wakeup:
-            self._wakeup.wait_for(
-                lambda: bool(self._commands or self._chores or self._loop.has_work or self._is_stopping)
-            )
-            return not self._is_stopping
-
-    def _obey(self) -> None:
-        while self._commands:
-            self._commands.popleft()()
-
-    def _advance(self, chore: _Chore) -> None:
-        """Do one step of a chore, unless that would break the promise of a row that waits."""
-        if chore.next_s > self._loop.slack_s:
-            return
-        try:
-            chore.next_s = next(chore.steps)
-        except StopIteration:
-            self._chores.popleft()
-            chore.done.set_result(None)
-        except Exception as error:
-            # A model that cannot even be warmed up is its loader's problem; the others go on.
-            self._chores.popleft()
-            chore.done.set_exception(error)
-
-    def _answer_everyone(self) -> None:
-        with self._wakeup:
-            self._is_stopping = True
-        error = NotReady(self.why_not_ready or "the engine is closed")
-        while self._commands:
-            with suppress(Exception):  # what killed the thread may have left anything behind it in any state
-                self._commands.popleft()()
-        for chore in self._chores:
-            chore.done.set_exception(error)
-        self._loop.abandon(error)
+def _scheduler(settings: EngineSettings) -> Scheduler[Sample]:
+    timeout_ms = settings.batch_timeout_ms
+    rules = Rules(
+        rebatch=settings.rebatch,
+        hold=settings.hold,
+        batch_timeout_s=None if timeout_ms is None else timeout_ms / 1e3,
+        forced_exits=settings.forced_exits,
+    )
+    fair_share_s = settings.fair_share_ms / 1e3
+    return Scheduler(settings.max_batch, settings.margin_ms / 1e3, fair_share_s, rules, settings.runners)

@@ -22,6 +22,19 @@ class EngineSettings:
         warm_up_s: Time spent on profiling each model when it is loaded. Longer gives better first predictions.
         fair_share_ms: Device time by which one model may run ahead of another that also has work waiting. Lower is
             fairer from moment to moment, higher keeps more deadlines of the busier model.
+        runners: How many stages may run side by side. More give throughput where a stage cannot keep every core busy
+            by itself, and each stage takes longer.
+        rebatch: Whether survivors of different batches run together. Off, a batch stays one to its end, and what leaves
+            early leaves it smaller.
+        hold: Whether a part-full batch waits for rows that are on their way to it, where the profile says that it pays.
+        batch_timeout_ms: A batch that is not full starts when its oldest row has waited for so long. None starts it as
+            soon as the device is free.
+        forced_exits: Whether a row that is short of time leaves with the answer it has, and goes past gated stages.
+            Off, it runs on to where its policy lets it leave, however late.
+        gears: Whether a backlog may move requests that leave the choice to the server along certified operating
+            points. There are none without a floor.
+        gear_floor_accuracy: Least accuracy that each of them is certified for. Lower gives more room under load.
+        gear_floor_risk: Greatest share of answers that may differ from full depth's, certified likewise.
     """
 
     max_batch: int = 32
@@ -31,17 +44,32 @@ class EngineSettings:
     margin_ms: float = 2.5
     warm_up_s: float = 3.0
     fair_share_ms: float = 50.0
+    runners: int = 1
+    rebatch: bool = True
+    hold: bool = True
+    batch_timeout_ms: float | None = None
+    forced_exits: bool = True
+    gears: bool = True
+    gear_floor_accuracy: float | None = None
+    gear_floor_risk: float | None = None
 
     def __post_init__(self) -> None:
         counts = {"max_batch": self.max_batch, "max_inflight_samples": self.max_inflight_samples}
+        counts["runners"] = self.runners
         for name, count in counts.items():
             if count < 1:
                 raise InvalidValue(f"{name}: must be at least 1", field=name)
         times = {"max_wait_ms": self.max_wait_ms, "warm_up_s": self.warm_up_s, "fair_share_ms": self.fair_share_ms}
         if self.default_latency_ms is not None:
             times["default_latency_ms"] = self.default_latency_ms
+        if self.batch_timeout_ms is not None:
+            times["batch_timeout_ms"] = self.batch_timeout_ms
         for name, value in times.items():
             if not value > 0:
                 raise InvalidValue(f"{name}: must be above 0", field=name)
+        shares = {"gear_floor_accuracy": self.gear_floor_accuracy, "gear_floor_risk": self.gear_floor_risk}
+        for name, share in shares.items():
+            if share is not None and not 0 < share < 1:
+                raise InvalidValue(f"{name}: must be above 0 and below 1", field=name)
         if not self.margin_ms >= 0:
             raise InvalidValue("margin_ms: must not be negative", field="margin_ms")

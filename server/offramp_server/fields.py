@@ -25,6 +25,8 @@ FIELDS: Final = (
     *CHOICE_FIELDS, "latency_ms", "min_exit", "max_exit", "gate_threshold", "gates", "combine", "on_miss", "top_k",
     "explain",
 )  # fmt: skip
+CHOOSING_FIELDS: Final = (*CHOICE_FIELDS, "gate_threshold", "gates")
+"""Those with which a request chooses its rule itself, so that no gear does."""
 COMBINATIONS: Final = ("last", "mean", "geometric")
 ON_MISS: Final = ("answer", "reject")
 
@@ -112,6 +114,7 @@ def read_routing(
         explain=_boolean(given, "explain"),
         wants_progress=wants_progress,
         wants_logits=wants_logits,
+        is_free=given.keys().isdisjoint(CHOOSING_FIELDS),
     )
     return Routing(options, _integer(given, "top_k", 1, MAX_TOP, default=MAX_TOP), choice.certificate)
 

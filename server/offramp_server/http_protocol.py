@@ -38,6 +38,9 @@ class _ForgivingTransport:
         if not self._transport.is_closing():
             self._transport.write(data)
 
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
@@ -81,9 +84,13 @@ class OfframpProtocol(HttpToolsProtocol):
         """Parse what has come, and count it while it belongs to headers that are not complete."""
         was_in_headers = self._is_in_headers
         super().data_received(data)
+        if not self._is_in_headers:
+            return
+        if self._header_timer is None:  # most headers come whole, and need no timer
+            self._await_headers()
         # Headers that end within a chunk are counted one by one in on_header. This catches one header without end,
         # which the parser would collect for ever.
-        if was_in_headers and self._is_in_headers:
+        if was_in_headers:
             self._num_header_bytes += len(data)
             if self._num_header_bytes > self.max_header_bytes:
                 self._refuse(431)
@@ -93,8 +100,6 @@ class OfframpProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._num_header_bytes = 0
         self._is_in_headers = True
-        if self._header_timer is None:
-            self._await_headers()
 
     def on_url(self, url: bytes) -> None:
         """Take a piece of the request line."""
@@ -109,8 +114,7 @@ class OfframpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Start the request, or refuse it."""
-        self._headers_came()
-        self._is_in_headers = False
+        self._end_headers()
         app = self.app
         if self._num_header_bytes > self.max_header_bytes:
             self.app = _refusal(431)
@@ -138,6 +142,10 @@ class OfframpProtocol(HttpToolsProtocol):
 
     def _await_headers(self) -> None:
         self._header_timer = self.loop.call_later(self.header_timeout_s, self._headers_are_late)
+
+    def _end_headers(self) -> None:
+        self._headers_came()
+        self._is_in_headers = False
 
     def _headers_came(self) -> None:
         if self._header_timer is not None:

@@ -222,8 +222,11 @@ def _converted(array: np.ndarray, dtype: np.dtype, field: str) -> np.ndarray:
         low, high = int(array.min()), int(array.max())
         if low < np.iinfo(dtype).min or high > np.iinfo(dtype).max:
             raise InvalidValue(f"{field}: values {low} to {high} do not fit {dtype.name}", field)
-    with np.errstate(over="ignore"):  # what overflows becomes infinite, which is refused below
-        converted = np.ascontiguousarray(array, dtype=dtype)
+    if source == dtype:
+        converted = np.ascontiguousarray(array)
+    else:
+        with np.errstate(over="ignore"):  # what overflows becomes infinite, which is refused below
+            converted = np.ascontiguousarray(array, dtype=dtype)
     if dtype.kind == "f" and not np.isfinite(converted).all():
         raise InvalidValue(f"{field}: must hold finite numbers that fit {dtype.name}; got NaN or infinity", field)
     return converted

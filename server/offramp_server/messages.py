@@ -38,6 +38,7 @@ class RequestOptions:
         explain: Keep every exit's answer in `RowAnswer.seen` and every gate's in `RowAnswer.gates_seen`.
         wants_progress: Report each exit reached while the request runs.
         wants_logits: Keep the answering exit's logits in `RowAnswer.logits`.
+        is_free: Whether the request leaves the choice of the policy to the server, so that gears apply to it.
     """
 
     policy: Policy
@@ -52,6 +53,7 @@ class RequestOptions:
     explain: bool = False
     wants_progress: bool = False
     wants_logits: bool = False
+    is_free: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ class Result:
         compute_s: Seconds the slowest row's stages ran.
         total_s: Seconds from arrival to answer.
         budget_ms: The latency budget in force, the operator's default included; None if unlimited.
+        gear: The gear that served it; None if the request chose for itself or the model has no gears.
     """
 
     rows: tuple[RowAnswer | OfframpError, ...]
@@ -147,6 +150,7 @@ class Result:
     compute_s: float
     total_s: float
     budget_ms: float | None
+    gear: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,7 @@ class Loaded:
         stages: Name and variant of each stage.
         exits: Names of the exits, the final one last.
         gates: Names of the gates.
+        num_gears: Length of its ladder of gears; 0 if it has none.
     """
 
     model: str
@@ -164,6 +169,7 @@ class Loaded:
     stages: tuple[tuple[str, str], ...]
     exits: tuple[str, ...]
     gates: tuple[str, ...] = ()
+    num_gears: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +213,7 @@ class RequestDone:
     Attributes:
         seconds: From arrival to answer.
         slack_s: Deadline minus the time of the answer; negative if it was missed; None without a deadline.
+        gear: As in `Result`.
     """
 
     model: str
@@ -214,6 +221,7 @@ class RequestDone:
     outcome: Outcome
     seconds: float
     slack_s: float | None
+    gear: int | None = None
 
 
 class Observer(Protocol):
@@ -243,6 +251,9 @@ class Observer(Protocol):
     def inflight_changed(self, model: str, version: str, num_samples: int) -> None:
         """The number of admitted, unanswered rows of a model is now `num_samples`."""
 
+    def gear_changed(self, model: str, version: str, gear: int) -> None:
+        """Requests that leave the choice to the server now get this gear of a model; told again where it is asked."""
+
 
 @dataclass(frozen=True, slots=True)
 class NoObserver:
@@ -270,6 +281,9 @@ class NoObserver:
         """Ignore it."""
 
     def inflight_changed(self, model: str, version: str, num_samples: int) -> None:
+        """Ignore it."""
+
+    def gear_changed(self, model: str, version: str, gear: int) -> None:
         """Ignore it."""
 
 

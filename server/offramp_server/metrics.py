@@ -72,6 +72,13 @@ class Metrics:
         self._num_loads: Tally[tuple[str, str]] = Tally()
         self._lock = threading.Lock()
         ProcessCollector(registry=self._registry)
+        self._http_workers = Gauge("offramp_http_workers", "Processes that serve HTTP.", registry=self._registry)
+        self._http_workers.set(1)
+        self._http_worker_crashes = Counter(
+            "offramp_http_worker_crashes_total",
+            "HTTP workers that ended unasked; each is started again.",
+            registry=self._registry,
+        )
         build = Gauge(
             "offramp_build_info", "1; the labels say what runs.", ("release", "python"), registry=self._registry
         )
@@ -80,6 +87,14 @@ class Metrics:
     def exposition(self) -> tuple[bytes, str]:
         """Give the body of an answer to a scrape, and its content type."""
         return generate_latest(_WithoutCreationTimes(self._registry)), CONTENT_TYPE_PLAIN_0_0_4
+
+    def http_workers_changed(self, num_serving: int) -> None:
+        """Show how many processes serve HTTP."""
+        self._http_workers.set(num_serving)
+
+    def http_worker_crashed(self) -> None:
+        """Count an HTTP worker that has ended unasked."""
+        self._http_worker_crashes.inc()
 
     def model_added(self, loaded: Loaded) -> None:
         """Begin a model's series at 0."""
@@ -136,6 +151,12 @@ class Metrics:
             seen.outcomes[REFUSALS[known]].inc()
             seen.rejected[known].inc()
 
+    def gear_changed(self, model: str, version: str, gear: int) -> None:
+        """Show the gear that requests get."""
+        seen = self._models.get((model, version))
+        if seen is not None:
+            seen.gear.set(gear)
+
     def inflight_changed(self, model: str, version: str, num_samples: int) -> None:
         """Show how many rows are admitted and unanswered."""
         seen = self._models.get((model, version))
@@ -168,6 +189,10 @@ class _Families:
         )
         self.missed = counter("offramp_deadline_missed_total", "Requests answered after their deadline.")
         self.inflight = gauge("offramp_inflight_samples", "Rows that are admitted and unanswered.")
+        self.gear = gauge("offramp_gear", "How far the load has moved a model down its gears; 0 is not at all.")
+        self.gear_requests = counter(
+            "offramp_gear_requests_total", "Answered requests that left the choice to the server, by gear.", "gear"
+        )
         self.samples = counter(
             "offramp_samples_total", "Rows answered by an exit, by exit and reason for leaving.", "exit", "reason"
         )
@@ -227,6 +252,8 @@ class _ModelMetrics:
         self.rejected = {reason: families.rejected.labels(*key, reason) for reason in REFUSALS}
         self.failed = {reason: families.failed.labels(*key, reason) for reason in (*FAILURES, errors.OfframpError.code)}
         self.inflight = families.inflight.labels(*key)
+        self.gear = families.gear.labels(*key)
+        self._gear_requests = [families.gear_requests.labels(*key, gear) for gear in range(max(loaded.num_gears, 1))]
         self.stages = {
             (name, variant): _StageMetrics(families, loaded, name, variant) for name, variant in loaded.stages
         }
@@ -250,6 +277,8 @@ class _ModelMetrics:
     def request_done(self, done: RequestDone) -> None:
         self.outcomes[done.outcome].inc()
         self._request_s.observe(done.seconds)
+        if done.gear is not None:
+            self._gear_requests[done.gear].inc()
         if done.slack_s is not None:
             self._slack_s.observe(done.slack_s)
             if done.slack_s < 0:

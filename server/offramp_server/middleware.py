@@ -1,11 +1,11 @@
 """What happens around every request: its id, its arrival time, the API key, and the net under unexpected exceptions."""
 
 import logging
+import random
 import re
 import time
-import uuid
+from collections.abc import Mapping
 from hmac import compare_digest
-from typing import Any
 
 from offramp_contract.errors import Unauthorized
 from starlette.datastructures import Headers
@@ -30,13 +30,37 @@ def arrival_of(scope: Scope) -> float:
     return arrival_s
 
 
+class Gate:
+    """Lets in those who show the operator's API key, or everyone if there is none.
+
+    Attributes:
+        is_open: Whether there is none.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        key = settings.api_key
+        self._api_key = b"" if key is None else key.get_secret_value().encode()
+        self.is_open = key is None
+
+    def lets_in(self, path: str, headers: Mapping[str, str]) -> bool:
+        """Tell whether a request may pass."""
+        if self.is_open or path in OPEN_PATHS or path.startswith("/docs/"):
+            return True
+        given = headers.get("x-api-key")
+        if given is None:
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer":
+                return False
+        # Headers are latin-1 text; comparing bytes keeps the comparison constant-time for any of them.
+        return compare_digest(given.strip().encode("latin-1"), self._api_key)
+
+
 class RequestEnvelope:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
-        key = settings.api_key
-        self._api_key = None if key is None else key.get_secret_value().encode()
+        self._gate = Gate(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -44,12 +68,9 @@ class RequestEnvelope:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        scope["offramp.arrival_s"] = time.monotonic()
-        request_id = _request_id(headers)
-        echoed = [(b"x-request-id", request_id.encode())]
-        traceparent = headers.get("traceparent")
-        if traceparent is not None and _TRACEPARENT.fullmatch(traceparent):
-            echoed.append((b"traceparent", traceparent.encode()))
+        scope.setdefault("offramp.arrival_s", time.monotonic())
+        request_id = scope["offramp.request_id"] = request_id_of(headers.get("x-request-id"))
+        echoed = echoed_headers(request_id, headers.get("traceparent"))
         has_started = False
 
         async def send_with_ids(message: Message) -> None:
@@ -60,7 +81,7 @@ class RequestEnvelope:
             await send(message)
 
         try:
-            if self._is_refused(scope, headers):
+            if not self._gate.lets_in(scope["path"], headers):
                 error = Unauthorized("api key: send it as `Authorization: Bearer` or `x-api-key`", "x-api-key")
                 await error_response(scope["path"], error)(scope, receive, send_with_ids)
             else:
@@ -72,18 +93,15 @@ class RequestEnvelope:
             if not has_started:
                 await internal_error(scope["path"])(scope, receive, send_with_ids)
 
-    def _is_refused(self, scope: dict[str, Any] | Scope, headers: Headers) -> bool:
-        if self._api_key is None or scope["path"] in OPEN_PATHS or scope["path"].startswith("/docs/"):
-            return False
-        given = headers.get("x-api-key")
-        if given is None:
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer":
-                return True
-        # Headers are latin-1 text; comparing bytes keeps the comparison constant-time for any of them.
-        return not compare_digest(given.strip().encode("latin-1"), self._api_key)
+
+def request_id_of(given: str | None) -> str:
+    """Give the id by which a request goes: its own if that is sane, else a new one."""
+    return given if given is not None and _SANE_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
-def _request_id(headers: Headers) -> str:
-    given = headers.get("x-request-id")
-    return given if given is not None and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+def echoed_headers(request_id: str, traceparent: str | None) -> list[tuple[bytes, bytes]]:
+    """Give the headers by which an answer is told to belong to a request."""
+    echoed = [(b"x-request-id", request_id.encode())]
+    if traceparent is not None and _TRACEPARENT.fullmatch(traceparent):
+        echoed.append((b"traceparent", traceparent.encode()))
+    return echoed

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from offramp_contract.errors import OfframpError
 from offramp_contract.policy import Reason
 
+from offramp_server.admission import Lot
 from offramp_server.messages import Departure, Observer, Progress, Result, RowAnswer
-from offramp_server.served import Clock, ServedModel
+from offramp_server.served import Clock
 from offramp_server.shield import tell
-from offramp_server.submission import Listener, Sample, Submission, last_answers
+from offramp_server.sightings import last_answers
+from offramp_server.submission import Listener, Sample, Submission
 
 
 class Outbox:
@@ -18,16 +20,16 @@ class Outbox:
     Args:
         observer: Is told what became of rows and requests.
         clock: Gives seconds.
-        on_settled: Called with a model and the number of its rows that were just answered.
+        on_settled: Called with a lot of rows in flight and how many of them were just answered.
     """
 
-    def __init__(self, observer: Observer, clock: Clock, on_settled: Callable[[ServedModel, int], None]) -> None:
+    def __init__(self, observer: Observer, clock: Clock, on_settled: Callable[[Lot, int], None]) -> None:
         self._observer = observer
         self._clock = clock
         self._on_settled = on_settled
         self._events: dict[Listener, list[tuple[Submission, Progress | Result]]] = {}
         self._departures: list[Departure] = []
-        self._settled: dict[ServedModel, int] = {}
+        self._settled: dict[Lot, int] = {}
         self._owed: dict[Submission, None] = {}
 
     def owe(self, submission: Submission) -> None:
@@ -47,7 +49,8 @@ class Outbox:
             return
         for sample, last in zip(samples, last_answers(samples), strict=True):
             answer = sample.leave(reason, last)
-            sample.submission.served.profile.observe_row(sample.device_s)
+            submission, exit_index, is_forced = sample.submission, last.exit_index, answer.reason.is_forced
+            submission.served.costs.observe(submission.gear, exit_index, answer.depth, is_forced=is_forced)
             self._departures.append(sample.departure(answer))
             self._settle(sample, answer)
 
@@ -62,7 +65,7 @@ class Outbox:
         """Give a row its one answer, and the request whose last row it was its result."""
         submission = sample.submission
         sample.carries.drop()
-        self._settled[submission.served] = self._settled.get(submission.served, 0) + 1
+        self._settled[submission.lot] = self._settled.get(submission.lot, 0) + 1
         if not submission.settle(sample, answer):
             return
         del self._owed[submission]
@@ -88,8 +91,8 @@ class Outbox:
                 tell(listener.deliver, events)
         if self._settled:
             settled, self._settled = self._settled, {}
-            for served, num_rows in settled.items():
-                self._on_settled(served, num_rows)
+            for lot, num_rows in settled.items():
+                self._on_settled(lot, num_rows)
 
     def _post(self, submission: Submission, event: Progress | Result) -> None:
         self._events.setdefault(submission.listener, []).append((submission, event))

@@ -16,56 +16,21 @@ asked. A bundle that cannot be served is named with the reason, and whatever ser
 import asyncio
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from offramp_contract.errors import BundleError, InvalidValue, NotReady, OfframpError, UnknownModel
 from offramp_runtime import Bundle, open_bundle
 
-from offramp_server.choice import DefaultsOf, Fields, choose, no_defaults
+from offramp_server.catalogue import Catalogue, Entry, IndexEntry
+from offramp_server.choice import Choice, DefaultsOf, Fields, choose, no_defaults
 from offramp_server.engine import Engine
 from offramp_server.preprocess import prepare
 from offramp_server.repository_files import Fingerprint, Source, fingerprint_of, scan
 from offramp_server.served import ServedModel
 
 logger = logging.getLogger("offramp.server")
-
-State = Literal["READY", "LOADING", "UNAVAILABLE"]
-
-
-@dataclass(frozen=True, slots=True)
-class IndexEntry:
-    """One line of the index.
-
-    Attributes:
-        version: The model's version; empty where nothing could be loaded.
-        reason: Why it is not served; empty where it is.
-    """
-
-    name: str
-    version: str
-    state: State
-    reason: str = ""
-
-
-@dataclass(slots=True)
-class _Entry:
-    """One model of the repository.
-
-    Attributes:
-        served: What answers under its name.
-        seen: The files as they were when it was last tried to load them.
-        reason: Why these files are not what is served.
-        is_loading: Whether they are being loaded now.
-        is_held_back: Whether it was unloaded by hand, so that only loading by hand brings it back.
-    """
-
-    served: ServedModel | None = None
-    seen: Fingerprint | None = None
-    reason: str = ""
-    is_loading: bool = False
-    is_held_back: bool = False
 
 
 @dataclass(slots=True)
@@ -81,6 +46,8 @@ class Repository:
         linger_s: How long a replaced or unloaded model stays in the engine for requests that found it before and have
             not been admitted yet: as long as a body may take to arrive.
         defaults_of: The operator's default operating points; a model that cannot give its own is not served.
+        on_change: Called, on whichever thread, when the catalogue has changed.
+        catalogue: Which models answer to which names.
     """
 
     engine: Engine
@@ -88,55 +55,26 @@ class Repository:
     default_model: str | None = None
     linger_s: float = 0.0
     defaults_of: DefaultsOf = no_defaults
-    _entries: dict[str, _Entry] = field(default_factory=dict, init=False)
+    on_change: Callable[[], None] = lambda: None
+    catalogue: Catalogue[ServedModel] = field(init=False)
+    _seen: dict[str, Fingerprint] = field(default_factory=dict, init=False)
     _loading: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __post_init__(self) -> None:
-        for served in self.engine.models:
-            self._entries[served.name] = _Entry(served)
+        entries = {served.name: Entry(served) for served in self.engine.models}
+        self.catalogue = Catalogue(entries=entries)
 
     def find(self, name: str | None = None, version: str | None = None) -> ServedModel:
-        """Give the model that answers to a name.
-
-        Args:
-            name: None asks for the default or only model.
-            version: None takes the one that is served.
-
-        Raises:
-            UnknownModel: If there is no such model or version.
-            InvalidValue: If no name is given and several models are served.
-            NotReady: If the model is there but cannot be served (yet).
-        """
-        if name is None:
-            name = self._default_name()
-        entry = self._entries.get(name)
-        if entry is None or entry.is_held_back:
-            raise UnknownModel(f"model: no model {name[:128]!r} is served here", "model")
-        served = entry.served
-        if served is None:
-            raise NotReady(f"model {name!r} is " + ("loading" if entry.is_loading else f"unavailable: {entry.reason}"))
-        if version is not None and version != served.version:
-            raise UnknownModel(
-                f"version: model {name!r} is served in version {served.version}, not {version[:64]!r}", "version"
-            )
-        return served
+        """Give the model that answers to a name; see `Catalogue.find`."""
+        return self.catalogue.find(self.default_model if name is None else name, version)
 
     def served(self) -> tuple[ServedModel, ...]:
         """Give every model that is served, by name."""
-        entries = sorted(self._entries.items())
-        return tuple(entry.served for _, entry in entries if entry.served is not None)
+        return self.catalogue.served()
 
     def index(self) -> list[IndexEntry]:
         """List every model of the repository, served or not, with the reason where it is not."""
-        lines = []
-        for name, entry in sorted(self._entries.items()):
-            if entry.served is not None:
-                lines.append(IndexEntry(name, entry.served.version, "READY"))
-            if entry.is_loading:
-                lines.append(IndexEntry(name, "", "LOADING"))
-            elif entry.reason:
-                lines.append(IndexEntry(name, "", "UNAVAILABLE", entry.reason))
-        return lines
+        return self.catalogue.index()
 
     def load_all(self) -> None:
         """Load every bundle; blocks until all are warmed up.
@@ -177,25 +115,26 @@ class Repository:
             UnknownModel: If no such model is served.
         """
         with self._loading:
-            entry = self._entries.get(name)
+            entry = self.catalogue.entries.get(name)
             if entry is None or entry.served is None:
                 raise UnknownModel(f"model: no model {name[:128]!r} is served here", "model")
             entry.is_held_back, entry.reason = True, "unloaded"
             served, entry.served = entry.served, None
+        self.on_change()
         self._retire(served)
 
     def refresh(self) -> None:
         """Look through the files once: load what is new or has changed, unload what has gone; blocks while loading."""
         sources = self._sources()
         for name, source in sources.items():
-            entry = self._entries.get(name)
-            if entry is not None and (entry.is_held_back or entry.seen == fingerprint_of(source.path)):
+            entry = self.catalogue.entries.get(name)
+            if entry is not None and (entry.is_held_back or self._seen.get(name) == fingerprint_of(source.path)):
                 continue
             try:
                 self._load(source)
             except OfframpError:  # logged, and named by the index
                 continue
-        for name in set(self._entries) - set(sources):
+        for name in set(self.catalogue.entries) - set(sources):
             self._forget(name)
 
     async def watch(self, interval_s: float) -> None:
@@ -209,33 +148,26 @@ class Repository:
             except Exception:  # watching must outlive whatever a file system does
                 logger.exception("looking through the repository failed")
 
-    def _default_name(self) -> str:
-        if self.default_model is not None:
-            return self.default_model
-        names = [served.name for served in self.served()] or list(self._entries)
-        if len(names) > 1:
-            raise InvalidValue(f"model: several are served, so name one of {', '.join(names)}", "model")
-        if not names:
-            raise NotReady("no model is served yet")
-        return names[0]
-
     def _sources(self) -> dict[str, Source]:
         return {} if self.path is None else scan(self.path)
 
     def _load(self, source: Source) -> ServedModel:
         with self._loading:
-            entry = self._entries.setdefault(source.name, _Entry())
+            entry = self.catalogue.entries.setdefault(source.name, Entry())
             entry.is_loading, entry.is_held_back, entry.reason = True, False, ""
-            entry.seen = fingerprint_of(source.path)
+            self._seen[source.name] = fingerprint_of(source.path)
+            self.on_change()
             try:
                 served, replaced = self._opened(source, entry.served), entry.served
             except OfframpError as error:
                 entry.reason = error.message
                 logger.warning("model %s cannot be served from %s: %s", source.name, source.path, error.message)
                 raise
+            else:
+                entry.served = served
             finally:
                 entry.is_loading = False
-            entry.served = served
+                self.on_change()
         if replaced is not None and replaced is not served:
             self._retire(replaced)
         return served
@@ -247,8 +179,8 @@ class Repository:
             if current is not None and _is_same(bundle, current.bundle):
                 return current
             prepare(bundle)
-            _check_default(bundle, self.defaults_of(source.name))
-            served = self.engine.add_model(bundle, source.name)
+            default = _default_of(bundle, self.defaults_of(source.name))
+            served = self.engine.add_model(bundle, source.name, default)
         except OfframpError:
             raise
         except (
@@ -261,10 +193,11 @@ class Repository:
 
     def _forget(self, name: str) -> None:
         with self._loading:
-            entry = self._entries[name]
-            if entry.seen is None:  # the engine's own, which never had files here
+            entry = self.catalogue.entries[name]
+            if name not in self._seen:  # the engine's own, which never had files here
                 return
-            del self._entries[name]
+            del self.catalogue.entries[name], self._seen[name]
+        self.on_change()
         logger.info("model %s has gone from the repository", name)
         if entry.served is not None:
             self._retire(entry.served)
@@ -278,13 +211,14 @@ class Repository:
     def _remove(self, served: ServedModel) -> None:
         try:
             self.engine.remove_model(served)
+            self.on_change()
         except NotReady:
             logger.debug("the engine closed before model %s was unloaded", served.name)
 
 
-def _check_default(bundle: Bundle, defaults: Fields) -> None:
+def _default_of(bundle: Bundle, defaults: Fields) -> Choice:
     try:
-        choose({}, bundle.manifest, bundle.calibration, defaults)
+        return choose({}, bundle.manifest, bundle.calibration, defaults)
     except InvalidValue as error:
         raise BundleError(f"its calibration cannot give the default operating point: {error.message}") from None
 

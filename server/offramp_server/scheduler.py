@@ -8,126 +8,24 @@ whatever batch they came from (continuous, stage-level batching).
   would break another's promise, a queue whose dispatch breaks none goes first.
 * When a dispatch would cost some row its chance of one more exit, the row with the least laxity goes first. Otherwise
   the queue that comes closest to its stage's best throughput does, ties to the deepest, which bounds the carries held.
-* A batch that more rows would speed up waits for those in the gated stages before it: rows whose gates disagreed come
-  together again, where otherwise every disagreement would leave smaller batches for good.
+* A part-full batch is held for rows that are on their way to it only if it pays; see `offramp_server.hold`.
 * Models that wait at the same time share the device's seconds evenly (start-time fair queueing, Goyal 1996).
 """
 
 import math
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
 from itertools import count
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
-from offramp_server.profile import PEAK_SHARE, Profile
+from offramp_server.hold import is_held
+from offramp_server.profile import Profile
+from offramp_server.queues import Dispatch, QueueKey, Share, StageQueue, W, Waiting
+from offramp_server.rules import Rules
 
+__all__ = ["Dispatch", "QueueKey", "Scheduler", "Waiting"]
 
-class Waiting(Protocol):
-    """What the scheduler must know of a sample."""
-
-    deadline_s: float
-    """On the engine's clock; infinite without one."""
-    may_be_dropped: bool
-    """Whether the request would rather be refused than answered late."""
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether nobody waits for the answer any more."""
-
-
-W = TypeVar("W", bound=Waiting)
-
-
-@dataclass(frozen=True, slots=True)
-class QueueKey:
-    """One place where samples wait: a stage of a model, in one numeric variant."""
-
-    model: str
-    stage: int
-    variant: str = "fp32"
-
-
-@dataclass(frozen=True, slots=True)
-class Dispatch(Generic[W]):
-    """Samples that run one stage together, earliest deadline first; rows that are late anyway may come last."""
-
-    key: QueueKey
-    samples: list[W]
-
-
-def _deadline_of(entry: tuple[float, int, object]) -> float:
-    return entry[0]
-
-
-@dataclass(slots=True)
-class _Queue(Generic[W]):
-    key: QueueKey
-    profile: Profile
-    is_gated: bool
-    entries: list[tuple[float, int, W]] = field(default_factory=list)
-
-    @property
-    def holds_answers(self) -> bool:
-        """Whether the samples that wait here have passed an exit, and so can leave at any time."""
-        return self.key.stage > self.profile.first_answer_stage()
-
-    @property
-    def needed_s(self) -> float:
-        """Seconds from dispatch to the next exit, for one row."""
-        return self.profile.to_next_answer_s(self.key.stage, 1)
-
-    def take(self, first: int, num: int) -> list[W]:
-        """Remove and give some samples that wait side by side."""
-        taken = [entry[2] for entry in self.entries[first : first + num]]
-        del self.entries[first : first + num]
-        return taken
-
-    def first_deadline_from(self, time_s: float) -> float:
-        """The earliest deadline here that is not before a time; infinite if there is none."""
-        index = bisect_left(self.entries, time_s, key=_deadline_of)
-        return self.entries[index][0] if index < len(self.entries) else math.inf
-
-
-@dataclass(slots=True)
-class _Share:
-    """Device seconds of one model, counted from the moment it had work together with others."""
-
-    used_s: float = 0.0
-    num_waiting: int = 0
-
-
-@dataclass(slots=True)
-class _Candidate(Generic[W]):
-    """A queue that could run now, and what its most pressing row allows; see `Scheduler._slacks`."""
-
-    queue: _Queue[W]
-    laxity_s: float
-    slack_s: float
-    own_slack_s: float
-    size: int = 1
-    efficiency: float = 1.0
-    breaks_a_promise: bool = False
-
-    @property
-    def predicted_s(self) -> float:
-        """Seconds its dispatch will rarely exceed."""
-        return self.queue.profile.bound_s(self.queue.key.stage, self.size)
-
-    def settle(self, size: int, others_s: float) -> None:
-        """Fix the size of its batch, beside the slack of all others.
-
-        Its efficiency is the share of the stage's best throughput that it reaches; near enough counts as all.
-        """
-        stage = self.queue.profile.stages[self.queue.key.stage]
-        share = (size / stage.mean_s(size)) / (stage.knee / stage.mean_s(stage.knee))
-        self.size, self.efficiency = size, 1.0 if share >= PEAK_SHARE else share
-        self.breaks_a_promise = self.predicted_s > others_s
-
-    def may_join(self, other: "_Candidate[W]") -> bool:
-        """Whether rows that wait here for a gated stage may run with another queue's next."""
-        key, deeper = self.queue.key, other.queue.key
-        return key.model == deeper.model and key.stage < deeper.stage <= self.queue.profile.trunk_from(key.stage)
+FORGET_EVERY = 16
+"""Rounds after which every queue measures itself again, as the profile has moved."""
 
 
 class Scheduler(Generic[W]):
@@ -137,64 +35,98 @@ class Scheduler(Generic[W]):
         max_batch: Most rows in one dispatch.
         margin_s: Time kept free before a deadline for handing the answer over.
         fair_share_s: Device time by which one model may run ahead of another that waits.
+        rules: What is done beyond running what waits.
+        num_runners: How many dispatches may run side by side.
+
+    Attributes:
+        rules: The same.
     """
 
-    def __init__(self, max_batch: int, margin_s: float, fair_share_s: float) -> None:
+    def __init__(
+        self, max_batch: int, margin_s: float, fair_share_s: float, rules: Rules | None = None, num_runners: int = 1
+    ) -> None:
         self._max_batch = max_batch
         self._margin_s = margin_s
         self._fair_share_s = fair_share_s
-        self._queues: dict[QueueKey, _Queue[W]] = {}
-        self._shares: dict[str, _Share] = {}
+        self.rules = rules or Rules()
+        self._num_runners = num_runners
+        self._queues: dict[QueueKey, StageQueue[W]] = {}
+        self._cohorts: dict[tuple[QueueKey, int], StageQueue[W]] = {}
+        self._busy: dict[StageQueue[W], None] = {}
+        self._running: dict[StageQueue[W], None] = {}
+        self._shares: dict[str, Share] = {}
         self._virtual_s = 0.0
-        self._arrivals = count()
+        self._late_after_s = math.inf
+        self._num_rounds = 0
+        self._next_cohort = count(1)
 
     def __len__(self) -> int:
-        return sum(share.num_waiting for share in self._shares.values())
+        return sum([share.num_waiting for share in self._shares.values()])
 
     def add_model(self, keys: Iterable[QueueKey], profile: Profile) -> None:
         """Open the queues of a model, one per stage."""
         for key in keys:
-            self._queues[key] = _Queue(key, profile, profile.is_gated(key.stage))
-            self._shares.setdefault(key.model, _Share())
+            self._queues[key] = self._open(key, profile, self._shares.setdefault(key.model, Share()))
 
     def remove_model(self, model: str) -> list[W]:
         """Close a model's queues and give back what still waited there."""
-        left = [entry[2] for key, queue in self._queues.items() if key.model == model for entry in queue.entries]
-        self._queues = {key: queue for key, queue in self._queues.items() if key.model != model}
+        gone = [queue for queue in self._busy if queue.key.model == model]
+        for queue in gone:
+            self._leave_busy(queue)
+        for key in [key for key in self._queues if key.model == model]:
+            self._running.pop(self._queues.pop(key), None)
         self._shares.pop(model, None)
-        return left
+        return [entry[2] for queue in gone for entry in queue.entries]
 
     def put(self, key: QueueKey, samples: Sequence[W]) -> None:
         """Let samples wait for a stage."""
-        queue, share = self._queues[key], self._shares[key.model]
-        if share.num_waiting == 0:  # idling earns no credit
-            share.used_s = max(share.used_s, self._virtual_s)
+        if not samples:
+            return
+        queue = self._queues[key]
+        share = queue.share
+        if share.num_waiting == 0 and share.used_s < self._virtual_s:  # idling earns no credit
+            share.used_s = self._virtual_s
         share.num_waiting += len(samples)
-        for sample in samples:
-            insort(queue.entries, (sample.deadline_s, next(self._arrivals), sample))
+        if self.rules.rebatch:
+            self._add(queue, samples)
+            return
+        for cohort in dict.fromkeys([sample.cohort for sample in samples]):
+            self._add(self._cohort_queue(queue, cohort), [sample for sample in samples if sample.cohort == cohort])
 
     def num_waiting(self, key: QueueKey) -> int:
-        """Count the samples that wait for a stage."""
-        return len(self._queues[key].entries)
+        """Count the samples that wait for a stage. May be called from any thread."""
+        if self.rules.rebatch:
+            return len(self._queues[key].entries)
+        return sum([len(queue.entries) for queue in list(self._busy) if queue.key == key])
 
     def slack_s(self, now: float) -> float:
         """Seconds the device may do something else before a waiting row misses its promise; infinite if none waits."""
-        return min((self._slacks(queue, now)[1] for queue in self._queues.values() if queue.entries), default=math.inf)
+        self._measure(now)
+        return min([queue.slack_by_s for queue in self._busy], default=math.inf) - now
 
-    def charge(self, model: str, seconds: float) -> None:
-        """Book device time on a model's share."""
-        if model in self._shares:
-            self._shares[model].used_s += seconds
+    def wait_s(self, now: float) -> float:
+        """Seconds until something may start: 0 unless a timeout holds back all that waits; infinite if none waits."""
+        if not self._busy:
+            return math.inf
+        if self.rules.batch_timeout_s is None:
+            return 0.0
+        return max(min([self._starts_at_s(queue) for queue in self._busy]) - now, 0.0)
+
+    def finish(self, dispatch: Dispatch[W], seconds: float) -> None:
+        """Book what a dispatch took on its model's share; its rows run no longer."""
+        queue = self._queues.get(dispatch.key)
+        if queue is None:
+            return
+        queue.share.used_s += seconds
+        queue.num_running -= len(dispatch.samples)
+        if queue.num_running == 0:
+            self._running.pop(queue, None)
 
     def take_cancelled(self) -> list[W]:
         """Remove and give the samples that nobody waits for any more."""
         cancelled: list[W] = []
-        for queue in self._queues.values():
-            gone = [entry[2] for entry in queue.entries if entry[2].is_cancelled]
-            if gone:
-                queue.entries = [entry for entry in queue.entries if not entry[2].is_cancelled]
-                self._shares[queue.key.model].num_waiting -= len(gone)
-                cancelled += gone
+        for queue in list(self._busy):
+            cancelled += self._let_go(queue, queue.take_cancelled())
         return cancelled
 
     def take_expired(self, now: float) -> list[W]:
@@ -204,97 +136,173 @@ class Scheduler(Generic[W]):
         rather be refused than late and cannot reach their first exit in time. Those before gated stages are
         `take_hurried`'s.
         """
+        if now <= self._late_after_s:
+            return []
         expired: list[W] = []
-        for queue in self._queues.values():
-            if queue.entries and not queue.is_gated:
-                expired += self._take_late(queue, now)
+        for queue in list(self._busy):
+            if not queue.is_gated:
+                expired += self._let_go(queue, queue.take_late(now))
+        self._late_after_s = min([queue.late_after_s for queue in self._busy], default=math.inf)
         return expired
 
     def take_hurried(self, now: float) -> list[W]:
         """Remove and give the samples that wait for a gated stage and have no time for it."""
+        if now <= self._late_after_s:
+            return []
         hurried: list[W] = []
-        for queue in self._queues.values():
-            if queue.entries and queue.is_gated:
-                hurried += self._take_late(queue, now)
+        for queue in list(self._busy):
+            if queue.is_gated:
+                hurried += self._let_go(queue, queue.take_late(now))
         return hurried
 
     def next(self, now: float) -> Dispatch[W] | None:
-        """Choose what runs now and remove it from its queue; None if nothing waits."""
-        waiting = [_Candidate(queue, *self._slacks(queue, now)) for queue in self._queues.values() if queue.entries]
-        if not waiting:
+        """Choose what runs now and remove it from its queue; None if nothing waits, or nothing may start yet."""
+        ready: Collection[StageQueue[W]] = self._busy
+        if self.rules.batch_timeout_s is not None:
+            ready = [queue for queue in self._busy if self._starts_at_s(queue) <= now]
+        if not ready:
             return None
-        fair = self._within_share(waiting)
-        if len(waiting) == 1:
-            only = waiting[0]
-            only.size = self._batch_size(only.queue, only.own_slack_s)
-            return self._pop(only, now)
-        least_s, second_s = sorted(candidate.slack_s for candidate in waiting)[:2]
-        for candidate in waiting:
-            others_s = second_s if candidate.slack_s == least_s else least_s
-            candidate.settle(self._batch_size(candidate.queue, min(candidate.own_slack_s, others_s)), others_s)
-        safe = [candidate for candidate in fair if not candidate.breaks_a_promise] or fair
-        ready = [it for it in safe if it.efficiency == 1.0 or not any(other.may_join(it) for other in safe)]
-        best = max(ready, key=lambda candidate: (candidate.efficiency, candidate.queue.key.stage))
-        urgent = [candidate for candidate in safe if 0.0 <= candidate.laxity_s < best.predicted_s]
-        return self._pop(min(urgent, key=lambda candidate: candidate.laxity_s) if urgent else best, now)
+        self._num_rounds += 1
+        if self._num_rounds % FORGET_EVERY == 0:
+            self._forget()
+        self._measure(now)
+        if len(ready) == 1:
+            (chosen,) = ready
+            self._virtual_s = max(self._virtual_s, chosen.share.used_s)
+            if chosen.bound_s > chosen.own_by_s - now:
+                chosen.shrink(chosen.own_by_s - now)
+            return self._start(chosen, now)
+        chosen, breaks_a_promise = self._choose(ready, now)
+        return self._start(chosen, now, self._take_overtaken(chosen, now) if breaks_a_promise else ())
 
-    def _slacks(self, queue: _Queue[W], now: float) -> tuple[float, float, float]:
-        """Measure the most pressing row of a queue that can still be on time.
+    def _choose(self, ready: Collection[StageQueue[W]], now: float) -> tuple[StageQueue[W], bool]:
+        """Fix the size of each queue's batch, beside the slack of all others, and choose among them.
 
         Returns:
-            Its laxity: seconds it may wait and yet reach its next exit. Its slack: seconds the device may do something
-            else before it can no longer be answered in time. Its own slack: seconds a dispatch that includes it may
-            take. Rows that are late whatever happens press nobody.
+            What runs, and whether that breaks a promise, as any other choice would.
         """
-        handed_over_s = now + self._margin_s
-        reached_s = handed_over_s + queue.needed_s
-        to_exit_s = queue.first_deadline_from(reached_s) - reached_s
-        if not queue.holds_answers:
-            return to_exit_s, to_exit_s, to_exit_s + queue.profile.bound_s(queue.key.stage, 1)
-        in_hand_s = queue.first_deadline_from(handed_over_s) - handed_over_s
-        return to_exit_s, in_hand_s, in_hand_s
+        least_by_s = second_by_s = math.inf
+        for queue in ready:
+            if queue.slack_by_s < least_by_s:
+                least_by_s, second_by_s = queue.slack_by_s, least_by_s
+            elif queue.slack_by_s < second_by_s:
+                second_by_s = queue.slack_by_s
+        least_s, second_s = least_by_s - now, second_by_s - now
+        fair, safe = self._within_share(ready), []
+        for queue in fair:
+            others_s = second_s if queue.slack_by_s == least_by_s else least_s
+            own_s = queue.own_by_s - now
+            slack_s = own_s if own_s < others_s else others_s
+            if queue.bound_s > slack_s and queue.size > 1:
+                queue.shrink(slack_s)
+            if queue.bound_s <= others_s:
+                safe.append(queue)
+        candidates = safe or list(fair)
+        best = self._best(candidates, now)
+        most_urgent, least_laxity_s = best, best.bound_s
+        for queue in candidates:
+            if queue.exit_by_s - now < least_laxity_s:
+                most_urgent, least_laxity_s = queue, queue.exit_by_s - now
+        return most_urgent, not safe
 
-    def _batch_size(self, queue: _Queue[W], slack_s: float) -> int:
-        """Largest batch, up to the knee, within the slack; one row always goes."""
-        stage = queue.key.stage
-        size = min(len(queue.entries), queue.profile.knee(stage), self._max_batch)
-        while size > 1 and queue.profile.bound_s(stage, size) > slack_s:
-            size -= 1
-        return size
+    def _best(self, candidates: list[StageQueue[W]], now: float) -> StageQueue[W]:
+        """Find the queue closest to its stage's best throughput, the deepest of equals, that is not better held."""
+        left = candidates
+        while True:
+            best = left[0]
+            for queue in left:
+                if queue.efficiency > best.efficiency or (
+                    queue.efficiency == best.efficiency and queue.stage > best.stage
+                ):
+                    best = queue
+            if len(left) == 1 or not self.rules.hold or not is_held(best, candidates, self._running, now):
+                return best
+            left = [queue for queue in left if queue is not best]
 
-    def _within_share(self, waiting: list[_Candidate[W]]) -> list[_Candidate[W]]:
+    def _within_share(self, ready: Collection[StageQueue[W]]) -> Collection[StageQueue[W]]:
         """Leave out the models that are ahead; the least-served that waits sets the virtual time, which never falls."""
-        least_s = min(self._shares[candidate.queue.key.model].used_s for candidate in waiting)
+        least_s = min([queue.share.used_s for queue in ready])
         self._virtual_s = max(self._virtual_s, least_s)
+        if len(self._shares) == 1:
+            return ready
         limit_s = least_s + self._fair_share_s
-        return [candidate for candidate in waiting if self._shares[candidate.queue.key.model].used_s <= limit_s]
+        return [queue for queue in ready if queue.share.used_s <= limit_s]
 
-    def _pop(self, chosen: _Candidate[W], now: float) -> Dispatch[W]:
-        queue = chosen.queue
-        first = self._first_place(chosen, now)
-        samples = queue.take(first, chosen.size)
-        samples += queue.take(0, chosen.size - len(samples))
-        self._shares[queue.key.model].num_waiting -= len(samples)
-        return Dispatch(queue.key, samples)
+    def _take_overtaken(self, chosen: StageQueue[W], now: float) -> list[W]:
+        """Remove and give the rows elsewhere that keep their promise only by leaving before a dispatch."""
+        overtaken: list[W] = []
+        for queue in list(self._busy):
+            if queue.holds_answers and queue is not chosen:
+                overtaken += self._let_go(queue, queue.take_before(now + self._margin_s + chosen.bound_s))
+        return overtaken
 
-    def _first_place(self, chosen: _Candidate[W], now: float) -> int:
-        """Give the place its batch starts at: behind the rows that are late anyway if one behind them cannot wait."""
-        entries = chosen.queue.entries
-        reached_s = now + self._margin_s + chosen.queue.needed_s
-        num_late = bisect_left(entries, reached_s, key=_deadline_of)
-        left_behind = max(chosen.size, num_late)
-        if left_behind == len(entries) or entries[left_behind][0] - reached_s >= chosen.predicted_s:
-            return 0
-        return num_late
+    def _start(self, queue: StageQueue[W], now: float, overtaken: Sequence[W] = ()) -> Dispatch[W]:
+        if self._num_runners > 1:
+            queue.size = min(queue.size, self._runners_share())
+        samples = queue.take_batch(now)
+        size = len(samples)
+        self._let_go(queue, samples)
+        home = queue
+        if not self.rules.rebatch:
+            home = self._queues[queue.key]
+            cohort = samples[0].cohort or next(self._next_cohort)
+            for sample in samples:
+                sample.cohort = cohort
+        home.num_running += size
+        self._running[home] = None
+        return Dispatch(queue.key, samples, queue.profile.stages[queue.stage].padded(size), overtaken)
 
-    def _take_late(self, queue: _Queue[W], now: float) -> list[W]:
-        if queue.entries[0][0] == math.inf:
-            return []
-        scanned = bisect_left(queue.entries, now + self._margin_s + queue.needed_s, key=_deadline_of)
-        front, may_go = queue.entries[:scanned], queue.is_gated or queue.holds_answers
-        staying = [entry for entry in front if not (may_go or entry[2].may_be_dropped)]
-        if len(staying) == scanned:
-            return []
-        queue.entries[:scanned] = staying
-        self._shares[queue.key.model].num_waiting -= scanned - len(staying)
-        return [entry[2] for entry in front if may_go or entry[2].may_be_dropped]
+    def _runners_share(self) -> int:
+        """How many rows are one runner's of all that wait and run: none takes everything while the others idle."""
+        in_flight = len(self) + sum([queue.num_running for queue in self._running])
+        return math.ceil(in_flight / self._num_runners)
+
+    def _open(self, key: QueueKey, profile: Profile, share: Share) -> StageQueue[W]:
+        forced_exits = self.rules.forced_exits
+        return StageQueue(key, profile, share, self._max_batch, self._margin_s, forced_exits=forced_exits)
+
+    def _cohort_queue(self, home: StageQueue[W], cohort: int) -> StageQueue[W]:
+        """Find or open the queue of one batch; those that have not run yet wait together."""
+        if cohort == 0:
+            return home
+        queue = self._cohorts.get((home.key, cohort))
+        if queue is None:
+            queue = self._cohorts[home.key, cohort] = self._open(home.key, home.profile, home.share)
+            queue.cohort = cohort
+        return queue
+
+    def _add(self, queue: StageQueue[W], samples: Sequence[W]) -> None:
+        queue.add(samples)
+        self._busy[queue] = None
+        if not queue.late_after_s >= self._late_after_s:
+            self._late_after_s = queue.late_after_s
+
+    def _let_go(self, queue: StageQueue[W], samples: list[W]) -> list[W]:
+        """Take note that samples no longer wait in a queue."""
+        if samples:
+            queue.share.num_waiting -= len(samples)
+            if not queue.entries:
+                self._leave_busy(queue)
+        return samples
+
+    def _leave_busy(self, queue: StageQueue[W]) -> None:
+        del self._busy[queue]
+        if queue.cohort:
+            del self._cohorts[queue.key, queue.cohort]
+
+    def _measure(self, now: float) -> None:
+        for queue in self._busy:
+            if now > queue.valid_until_s:
+                queue.measure(now)
+
+    def _forget(self) -> None:
+        self._late_after_s = -math.inf
+        for queue in self._busy:
+            queue.valid_until_s = -math.inf
+
+    def _starts_at_s(self, queue: StageQueue[W]) -> float:
+        """When a queue's batch may start under a timeout: at once if it is full, or one from its first dispatch on."""
+        limit = min(queue.profile.knee(queue.stage), self._max_batch)
+        if queue.cohort or len(queue.entries) >= limit or self.rules.batch_timeout_s is None:
+            return -math.inf
+        return min([entry[2].enqueued_s for entry in queue.entries]) + self.rules.batch_timeout_s

@@ -8,9 +8,11 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from offramp_server.engine import Engine
 from offramp_server.http_protocol import OfframpProtocol
+from offramp_server.quick_protocol import QuickProtocol
 from offramp_server.settings import ServerSettings
 
 logger = logging.getLogger("offramp.server")
@@ -108,12 +110,15 @@ def run_server(app: FastAPI, settings: ServerSettings, engine: Engine, listener:
     server.run(sockets=[listener])
 
 
-def uvicorn_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+def uvicorn_config(app: Starlette, settings: ServerSettings) -> uvicorn.Config:
     """Give uvicorn's configuration for these settings."""
+    # The access log is written on the ordinary way, so with one every request goes there.
+    is_quick = not settings.access_log
+    protocol = QuickProtocol.quick(settings, app.state.shortcut) if is_quick else OfframpProtocol.bounded_by(settings)
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http=OfframpProtocol.bounded_by(settings),
+        http=protocol,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -12,8 +12,11 @@ from offramp_runtime import Bundle, Device, DeviceTensor, StageExecutor
 
 from offramp_server.carries import Batch, Carries
 from offramp_server.gating import Gating, Hop
-from offramp_server.messages import Loaded
+from offramp_server.gears import Gears
+from offramp_server.ladder import Gear
+from offramp_server.messages import Loaded, RequestOptions
 from offramp_server.profile import Profile
+from offramp_server.row_costs import RowCosts
 from offramp_server.scheduler import QueueKey
 from offramp_server.tally import Tally
 
@@ -36,9 +39,14 @@ class ServedModel:
         gating: Which stage a row runs next.
         profile: How long its stages take here.
         tally: What it has done so far; written by the engine's thread only.
+        ladder: Its gears; empty if it has none.
+        gears: Which of them requests get; None if it has none. Touched by admission only.
+        costs: What its rows cost in each gear.
     """
 
-    def __init__(self, name: str, bundle: Bundle, device: Device, max_batch: int) -> None:
+    def __init__(
+        self, name: str, bundle: Bundle, device: Device, max_batch: int, ladder: tuple[Gear, ...] = ()
+    ) -> None:
         self.name = name
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
@@ -51,8 +59,12 @@ class ServedModel:
         self.key = f"{name}@{self.version}#{next(_loads)}"
         stages = self.manifest.stages
         gated = [index for index, stage in enumerate(stages) if stage.gates]
-        self.profile = Profile([exit_.stage for exit_ in self.manifest.exits], len(stages), self.max_batch, gated)
+        exit_stages = [exit_.stage for exit_ in self.manifest.exits]
+        self.profile = Profile(exit_stages, len(stages), self.max_batch, gated, device.batch_sizes)
         self.queue_keys = [QueueKey(self.key, index, self.manifest.precision) for index in range(len(stages))]
+        self.ladder = ladder
+        self.costs = RowCosts(self.manifest, self.profile, ladder)
+        self.gears = Gears(len(ladder), self.costs.asked_s) if ladder else None
         self.gating = Gating(self.manifest)
         self.tally = Tally()
         self._flops = [stage.flops for stage in stages]
@@ -70,18 +82,27 @@ class ServedModel:
             for rate, exit_ in zip(point.exit_rates, self.manifest.exits, strict=True)
         )
 
+    def in_gear(self, options: RequestOptions, now: float) -> tuple[RequestOptions, int | None]:
+        """Give what a request that arrives now is served by, and its gear; None if no gear is its business."""
+        if self.gears is None or not options.is_free:
+            return options, None
+        gear = self.gears.at(now)
+        return self.ladder[gear].applied_to(options) if gear else options, gear
+
     @property
     def loaded(self) -> Loaded:
         """Name its stages, exits and gates for those who count."""
         variants = (key.variant for key in self.queue_keys)
         stages = tuple(zip((stage.name for stage in self.manifest.stages), variants, strict=True))
         exits = tuple(exit_.name for exit_ in self.manifest.exits)
-        return Loaded(self.name, self.version, stages, exits, tuple(gate.name for gate in self.manifest.gates))
+        gates = tuple(gate.name for gate in self.manifest.gates)
+        return Loaded(self.name, self.version, stages, exits, gates, len(self.ladder))
 
-    def gather(self, stage: int, rows: Sequence[Carries]) -> dict[str, DeviceTensor]:
-        """Put together what a stage reads, from what each row holds; the last row repeats where it takes no fewer."""
-        if len(rows) < self.manifest.min_batch:
-            rows = [*rows, *[rows[-1]] * (self.manifest.min_batch - len(rows))]
+    def gather(self, stage: int, rows: Sequence[Carries], num_padded: int) -> dict[str, DeviceTensor]:
+        """Put together what a stage reads, from what each row holds; the last row repeats up to so many rows."""
+        missing = max(num_padded, self.manifest.min_batch) - len(rows)
+        if missing > 0:
+            rows = [*rows, *[rows[-1]] * missing]
         batch, places = rows[0].batch, [row.place for row in rows]
         is_one = all(row.batch is batch for row in rows)
         is_whole = is_one and places == batch.places
@@ -129,17 +150,19 @@ class ServedModel:
         Yields:
             Seconds that the next run is expected to take; 0 for the very first of a stage.
         """
-        rng = np.random.default_rng(0)
         num_stages = len(self.manifest.stages)
-        sizes = sorted({1, self.max_batch, *(2**i for i in range(1, 16) if 2**i < self.max_batch)})
+        sizes = _sizes_to_measure(self.max_batch, self.executor.device.batch_sizes)
         spent_s = 0.0
         for size in sizes:
-            expected_s = sum(stage.mean_s(size) for stage in self.profile.stages) if size > 1 else 0.0
+            expected_s = sum(stage.mean_s(size) for stage in self.profile.stages) if size > sizes[0] else 0.0
             if expected_s * (1 + WARM_UP_RUNS) > budget_s - spent_s:
                 return
-            carries = self._random_inputs(rng, max(size, self.manifest.min_batch))
+            drawn = random_inputs(self.manifest, max(size, self.manifest.min_batch))
+            carries = {name: self.executor.device.upload(array) for name, array in drawn.items()}
             for index in range(num_stages):
-                seconds = [self.profile.stages[index].mean_s(size) if size > 1 else 0.0]
+                seconds = [self.profile.stages[index].mean_s(size) if size > sizes[0] else 0.0]
+                yield seconds[-1]
+                self.executor.tune(index, carries)
                 for _ in range(WARM_UP_RUNS + 1):
                     yield seconds[-1]
                     started = clock()
@@ -149,11 +172,11 @@ class ServedModel:
                 self.profile.stages[index].calibrate(size, seconds[2:])  # neither the guess nor the first run
                 carries |= output.carries
 
-    def _random_inputs(self, rng: np.random.Generator, size: int) -> dict[str, DeviceTensor]:
-        return {
-            tensor.name: self.executor.device.upload(_random_array(rng, (size, *tensor.shape), tensor.dtype))
-            for tensor in self.manifest.inputs
-        }
+
+def random_inputs(manifest: Manifest, num_rows: int) -> dict[str, np.ndarray]:
+    """Draw rows that any network accepts: for measuring, always the same."""
+    rng = np.random.default_rng(0)
+    return {tensor.name: _random_array(rng, (num_rows, *tensor.shape), tensor.dtype) for tensor in manifest.inputs}
 
 
 def _random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -162,3 +185,10 @@ def _random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) 
         values: FloatArray = rng.standard_normal(shape).astype(dtype)
         return values
     return np.zeros(shape, dtype=dtype)
+
+
+def _sizes_to_measure(max_batch: int, batch_sizes: tuple[int, ...] | None) -> list[int]:
+    """Give powers of two, or the sizes that a device runs at, up to the one that the largest batch takes."""
+    if batch_sizes is None:
+        return sorted({1, max_batch, *(2**i for i in range(1, 16) if 2**i < max_batch)})
+    return [*(size for size in batch_sizes if size < max_batch), *[s for s in batch_sizes if s >= max_batch][:1]]

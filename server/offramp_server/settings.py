@@ -37,16 +37,38 @@ class ServerSettings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and logs which.")
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="Where stages run: auto (CUDA if usable, else the CPU), cpu, cuda:0. A device that cannot be used "
-        "stops the start, except with auto.",
+        pattern=r"^(auto|cpu|(cuda|tensorrt)(:\d{1,4})?)$",
+        description="Where stages run: auto (CUDA if usable, else the CPU), cpu, cuda:0, tensorrt:0. A device that "
+        "cannot be used stops the start, except with auto.",
+    )
+    cuda_graphs: bool = Field(
+        True,
+        description="Capture stages as CUDA graphs at the profiled batch sizes where warm-up measures that this is "
+        "faster. A captured stage holds its weights in GPU memory twice; off saves that.",
+    )
+    tensorrt_cache: Path | None = Field(
+        None,
+        description="Folder in which TensorRT keeps the engines it builds, writable by nobody else: what lies there is "
+        "run. Unset builds them at every start, which takes minutes.",
+    )
+    tensorrt_fp16: bool = Field(
+        False,
+        description="Let TensorRT compute in float16 where it sees fit: faster, and proved by nobody; a bundle "
+        "exported with --precision fp16 was.",
     )
     threads: int | None = Field(
         None,
         ge=1,
         le=1024,
-        description="Threads of the one pool that all stages share. More than the cores at hand makes every stage "
-        "slower; fewer leaves cores for the HTTP side. Unset: one per core.",
+        description="Threads behind each stage that runs. With all runners, more than the cores at hand make every "
+        "stage slower; fewer leave cores for the HTTP side. Unset: the cores, shared out among the runners.",
+    )
+    runners: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Stages that may run side by side. More give throughput where a stage is too small to keep every "
+        "core busy, and each takes longer: a lone request waits for it.",
     )
 
     max_batch: int = Field(
@@ -148,10 +170,25 @@ class ServerSettings(BaseSettings):
         "take cores from the stages.",
     )
 
+    http_workers: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that parse, check and write HTTP in front of the engine. 1 does it in the engine's own "
+        "process, which costs least; more pay where HTTP, not the device, is the limit and cores are free for them.",
+    )
+    http_worker_memory_bytes: int = Field(
+        256 * MIB,
+        ge=MIB,
+        le=64 * 1024 * MIB,
+        description="With several http_workers, memory that each shares with the engine for the inputs of requests in "
+        "flight; taken as it is used. When it is full requests wait, and one whose inputs are larger gets 413.",
+    )
     max_connections: int = Field(
         1024,
         ge=1,
-        description="Most open connections; requests on further ones get 503. Lower bounds memory and file handles.",
+        description="Most open connections, shared out evenly among http_workers; requests on further ones get 503. "
+        "Lower bounds memory and file handles.",
     )
     max_header_bytes: int = Field(
         32768, ge=1024, description="Largest request line and headers together; above it the answer is 431."
@@ -209,6 +246,46 @@ class ServerSettings(BaseSettings):
         "point, compute=SHARE or accuracy=SHARE; MODEL:… for one model, several with commas between. A model whose "
         "calibration cannot give it is not served. Unset: each bundle's default policy.",
     )
+    rebatch: bool = Field(
+        True,
+        description="Run survivors of different batches together. Off, a batch stays one to its end: for comparison.",
+    )
+    hold: bool = Field(
+        True,
+        description="Hold a part-full batch for rows that are on their way to it, where the measured profile says that "
+        "it pays. Off, the fullest batch goes as it is: for comparison.",
+    )
+    batch_timeout_ms: float | None = Field(
+        None,
+        gt=0,
+        le=60_000,
+        description="Start a batch that is not full only when its oldest row has waited for so long. Unset starts it "
+        "as soon as the device is free; a timeout adds its wait to quiet hours, and is for comparison.",
+    )
+    forced_exits: bool = Field(
+        True,
+        description="Let a row that is short of time leave with the answer it has, and go past gated stages. Off, it "
+        "runs on to where its policy lets it leave, however late: for comparison.",
+    )
+    gears: bool = Field(
+        True,
+        description="Under a backlog, move requests that leave the choice to the server along certified operating "
+        "points down to the floor, and say so in the answer. Needs a floor; off, a backlog only costs time and depth.",
+    )
+    gear_floor_accuracy: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Least accuracy that every gear is certified for. Lower gives more room under load; unset, with no "
+        "gear_floor_risk either, there are no gears.",
+    )
+    gear_floor_risk: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Greatest share of answers that may differ from full depth's in any gear, certified likewise. "
+        "Higher gives more room under load; beside gear_floor_accuracy both hold.",
+    )
     drain_timeout_s: float = Field(
         30.0,
         ge=0,
@@ -245,6 +322,9 @@ class ServerSettings(BaseSettings):
             raise ValueError("depth_cap must not be below depth_floor")
         if self.default_latency_ms is not None and self.default_latency_ms > self.max_latency_ms:
             raise ValueError("default_latency_ms must not be above max_latency_ms")
+        has_floor = self.gear_floor_accuracy is not None or self.gear_floor_risk is not None
+        if self.gears and "gears" in self.model_fields_set and not has_floor:
+            raise ValueError("gears need a floor: set gear_floor_accuracy or gear_floor_risk")
         return self
 
     @classmethod
@@ -292,6 +372,10 @@ class ServerSettings(BaseSettings):
         defaults = parse_defaults(self.default_operating_point)
         return defaults.get(model, defaults.get(None, {}))
 
+    def threads_behind_a_stage(self, cores: int) -> int:
+        """Give what `threads` says, or a runner's share of the cores."""
+        return self.threads or max(1, cores // self.runners)
+
     def engine_settings(self) -> EngineSettings:
         """Give the engine's share of the settings."""
         return EngineSettings(
@@ -302,4 +386,12 @@ class ServerSettings(BaseSettings):
             margin_ms=self.margin_ms,
             warm_up_s=self.warm_up_s,
             fair_share_ms=self.fair_share_ms,
+            runners=self.runners,
+            rebatch=self.rebatch,
+            hold=self.hold,
+            batch_timeout_ms=self.batch_timeout_ms,
+            forced_exits=self.forced_exits,
+            gears=self.gears,
+            gear_floor_accuracy=self.gear_floor_accuracy,
+            gear_floor_risk=self.gear_floor_risk,
         )

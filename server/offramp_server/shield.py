@@ -56,3 +56,7 @@ class ShieldedObserver:
     def inflight_changed(self, model: str, version: str, num_samples: int) -> None:
         """Pass it on."""
         tell(self._observer.inflight_changed, model, version, num_samples)
+
+    def gear_changed(self, model: str, version: str, gear: int) -> None:
+        """Pass it on."""
+        tell(self._observer.gear_changed, model, version, gear)

@@ -2,15 +2,14 @@
 
 import math
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Final, Protocol
 
 import numpy as np
 from offramp_contract.errors import Cancelled, DeadlineExceeded, NotReady, OfframpError, RequestError
 from offramp_contract.policy import Policy, Reason
-from offramp_contract.statistics import Decision
 
+from offramp_server.admission import Lot
 from offramp_server.carries import Batch, Carries
 from offramp_server.exits import Sighting, combined_answer
 from offramp_server.gating import RowGates
@@ -58,9 +57,12 @@ class Submission:
         options: How its rows are routed.
         arrival_s: When it arrived, on the engine's clock.
         deadline_s: When its answer is due; infinite without a deadline.
+        gear: The gear that serves it; None if it chose for itself or its model has no gears.
+        lot: Where admission counts its rows; set when it lets them in.
         is_cancelled: Whether its client has gone.
     """
 
+    lot: Lot
     __slots__ = (
         "_answers",
         "_cancel_signal",
@@ -68,8 +70,10 @@ class Submission:
         "budget_ms",
         "compute_s",
         "deadline_s",
+        "gear",
         "is_cancelled",
         "listener",
+        "lot",
         "options",
         "queue_s",
         "rows_left",
@@ -87,6 +91,7 @@ class Submission:
         arrival_s: float,
         budget_ms: float | None,
         cancel_signal: threading.Event,
+        gear: int | None = None,
     ) -> None:
         self.served = served
         self.options = options
@@ -95,6 +100,7 @@ class Submission:
         self.budget_ms = budget_ms
         self.deadline_s = math.inf if budget_ms is None else arrival_s + budget_ms / 1e3
         self.is_cancelled = False
+        self.gear = gear
         self.queue_s = 0.0
         self.compute_s = 0.0
         num_rows = len(next(iter(inputs.values())))
@@ -134,12 +140,13 @@ class Submission:
     def result(self, now: float) -> Result:
         """Put the rows' answers together, once all are there."""
         rows = tuple(answer for answer in self._answers if answer is not None)
-        return Result(rows, self.queue_s, self.compute_s, now - self.arrival_s, self.budget_ms)
+        return Result(rows, self.queue_s, self.compute_s, now - self.arrival_s, self.budget_ms, self.gear)
 
     def done(self, outcome: Outcome, now: float) -> RequestDone:
         """Say for the record what became of it."""
         slack_s = None if self.budget_ms is None else self.deadline_s - now
-        return RequestDone(self.served.name, self.served.version, outcome, now - self.arrival_s, slack_s)
+        served = self.served
+        return RequestDone(served.name, served.version, outcome, now - self.arrival_s, slack_s, self.gear)
 
     def outcome(self) -> Outcome:
         """Name what became of the request, for metrics; the worst row decides."""
@@ -175,6 +182,7 @@ class Sample:
         seen: What each exit said about it, if the options need all.
         classes: Predicted class at each exit so far, if its policy compares them.
         needs_logits: Whether its exits' raw scores are to be kept.
+        cohort: The batch it stays in where batches stay one to their end; the scheduler's.
         enqueued_s: When it began to wait where it waits now.
         queue_s: Seconds it has waited.
         compute_s: Seconds its stages have run.
@@ -184,6 +192,7 @@ class Sample:
     __slots__ = (
         "carries",
         "classes",
+        "cohort",
         "compute_s",
         "deadline_s",
         "device_s",
@@ -225,6 +234,7 @@ class Sample:
         self.seen: list[ExitAnswer] = []
         self.classes: list[int] = []
         self.needs_logits = options.wants_logits or options.combine != "last"
+        self.cohort = 0
         self.enqueued_s = 0.0
         self.queue_s = 0.0
         self.compute_s = 0.0
@@ -274,29 +284,3 @@ class Sample:
         if options.combine == "last":
             return last
         return combined_answer(self.seen, options.combine, self.submission.served.temperature)
-
-
-def look(sighting: Sighting, samples: Sequence[Sample]) -> None:
-    """Let each row remember what an exit says about it, in the order of the rows there."""
-    for place, sample in enumerate(samples):
-        sample.sighting, sample.place = sighting, place
-    collecting = [sample for sample in samples if sample.keeps_all]
-    if collecting:
-        for sample, answer in zip(collecting, last_answers(collecting), strict=True):
-            sample.seen.append(answer)
-    comparing = [sample for sample in samples if sample.policy.compares_labels]
-    if comparing:
-        classes = Decision(sighting.decision_BD).class_B.tolist()
-        for sample in comparing:
-            sample.classes.append(classes[sample.place])
-
-
-def last_answers(samples: Sequence[Sample]) -> list[ExitAnswer]:
-    """Unpack what the last exit that each row has seen says about it."""
-    sightings = {sample.sighting for sample in samples}
-    if len(sightings) > 1:
-        return [answer for sample in samples for answer in last_answers([sample])]
-    (sighting,) = sightings
-    if sighting is None:
-        raise RuntimeError("a row that has seen no exit has no answer: this is a bug")
-    return sighting.answers([sample.place for sample in samples], [sample.needs_logits for sample in samples])

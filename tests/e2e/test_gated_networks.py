@@ -19,10 +19,10 @@ from offramp_runtime import open_bundle, open_device
 from offramp_server.app import create_app
 from offramp_server.engine import Engine
 from offramp_server.metrics import Metrics
-from offramp_server.profile import StageProfile
 from offramp_server.repository import Repository
 from offramp_server.serve import DrainingServer, bind, url_of, uvicorn_config
 from offramp_server.settings import ServerSettings
+from offramp_server.stage_profile import StageProfile
 from prometheus_client.parser import text_string_to_metric_families
 
 LEARNT = ("skipnet", "convnet_aig")

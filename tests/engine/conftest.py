@@ -17,11 +17,13 @@ from offramp_contract.policy_spec import compile_policy, parse_policy
 from offramp_contract.statistics import FloatArray, decision_of_logits, decision_width
 from offramp_runtime import Bundle, StageExecutor, open_bundle, open_device, run_gated
 from offramp_runtime.whole import Outcome
+from offramp_server.admission import Lot
 from offramp_server.engine import Engine
 from offramp_server.engine_settings import EngineSettings
 from offramp_server.loop import DeviceLoop
 from offramp_server.messages import Departure, Observer, Progress, RequestDone, RequestOptions, Result, StageRun
 from offramp_server.profile import Profile
+from offramp_server.rules import Rules
 from offramp_server.scheduler import Scheduler
 from offramp_server.served import ServedModel
 from offramp_server.submission import Submission
@@ -282,6 +284,9 @@ class Instrument:
         self.before(stage, feeds)
         return self._executor.run(stage, feeds)
 
+    def tune(self, stage: int, feeds: Mapping[str, Any]) -> None:
+        self._executor.tune(stage, feeds)
+
     def rows_at(self, stage: int) -> int:
         """Count the rows a stage has run over."""
         return sum(rows for at, rows in self.batches if at == stage)
@@ -290,20 +295,22 @@ class Instrument:
 class Simulation:
     """The device's loop without a thread, over real stages that take scripted time."""
 
-    def __init__(self, max_batch: int = 8, margin_s: float = 0.0, fair_share_s: float = 0.05) -> None:
+    def __init__(
+        self, max_batch: int = 8, margin_s: float = 0.0, fair_share_s: float = 0.05, rules: Rules | None = None
+    ) -> None:
         self.clock = Clock()
         self.inbox = Inbox()
         self.log = Log()
         self.settled: Counter[ServedModel] = Counter()
         self.cancel_signal = threading.Event()
-        self.scheduler: Scheduler[Any] = Scheduler(max_batch, margin_s, fair_share_s)
+        self.scheduler: Scheduler[Any] = Scheduler(max_batch, margin_s, fair_share_s, rules)
         self.max_batch = max_batch
         self.loop = DeviceLoop(
             self.scheduler,
             observer=self.log,
             clock=self.clock,
             margin_s=margin_s,
-            on_settled=lambda served, num_rows: self.settled.update({served: num_rows}),
+            on_settled=lambda lot, num_rows: self.settled.update({lot.served: num_rows}),
             cancel_signal=self.cancel_signal,
         )
 
@@ -329,6 +336,7 @@ class Simulation:
             budget_ms=None if budget_s is None else budget_s * 1e3,
             cancel_signal=self.cancel_signal,
         )
+        submission.lot = Lot(served, None, 0)
         self.loop.enqueue(submission, self.clock.now)
         return submission
 

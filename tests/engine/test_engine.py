@@ -4,6 +4,7 @@ import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate, cycle
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from offramp_contract.errors import (
 from offramp_contract.policy import Reason
 from offramp_runtime import open_device
 from offramp_runtime.device import OrtValueDevice
+from offramp_runtime.providers import on_cpu
 from offramp_server.engine import Engine
 from offramp_server.engine_settings import EngineSettings
 from offramp_server.messages import RowAnswer
@@ -207,13 +209,17 @@ def test_requests_that_wait_together_run_together(held):
     assert max(rows for stage, rows in held.stages.batches if stage == 0) == min(3, knee)
 
 
-def test_the_path_that_serves_accelerators_answers_the_same(late):
-    """Tensors in `OrtValue`, bound in and out, gathered by a graph: here on the CPU."""
+@pytest.mark.parametrize("captures", [False, True])
+def test_the_path_that_serves_accelerators_answers_the_same(late, captures):
+    """Tensors in `OrtValue`, bound in and out, gathered by a graph, through fixed buffers or not: here on the CPU."""
+    clock = accumulate(cycle((2.0, 1.0, 0.0)), initial=0.0)  # by which the second way, captured, takes half as long
+    device = OrtValueDevice(on_cpu(captures=captures), 1, lambda: next(clock))
     rng = np.random.default_rng(3)
     inputs = {name: rng.standard_normal((6, 4)).astype(np.float32) for name in ("x", "y")}
-    with Engine(OrtValueDevice("cpu", 0, "CPUExecutionProvider", 1), EngineSettings(warm_up_s=0.02)) as engine:
+    with Engine(device, EngineSettings(warm_up_s=0.02)) as engine:
         engine.add_model(late.bundle)
         result = engine.classify(inputs, threshold=0.8, explain=True)
+    assert (device.batch_sizes is not None) == captures
     expected = late.decisions(inputs)
     assert len({row.answer.exit_index for row in result.rows}) > 1
     for i, row in enumerate(result.rows):
@@ -327,6 +333,45 @@ def test_what_a_removed_model_does_not_end_in_time_is_answered_all_the_same(held
     held.gate.open()
     assert isinstance(waiter.rows[0], NotReady)
     assert held.engine.drain(WAIT_S)
+
+
+# --- several runners -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runners", [2, 3])
+def test_as_many_stages_run_side_by_side_as_there_are_runners(held, runners):
+    held = held(runners=runners, max_batch=1)
+    everybody = threading.Barrier(runners)
+    held.stages.before = lambda stage, feeds: everybody.wait(WAIT_S) if stage == 0 else None
+    held.gate.open()
+    waiters = [held.send([FLAT])[1] for _ in range(runners)]
+    assert [waiter.rows[0].reason for waiter in waiters] == [Reason.FINAL] * runners
+
+
+def test_a_row_whose_model_is_removed_while_its_stage_runs_beside_others_is_answered(held, make_net):
+    held = held(make_net(name="other"), runners=2)
+    _, waiter = held.send([FLAT])
+    assert held.gate.entered.wait(WAIT_S)
+    held.engine.remove_model(held.served, timeout_s=0.0)
+    assert held.engine.classify(np.array(SURE, np.float32)).rows[0].reason is Reason.CONFIDENT
+    held.gate.open()
+    (row,) = waiter.rows
+    assert isinstance(row, NotReady)
+    assert "unloaded" in row.message
+    assert held.engine.is_ready
+
+
+def test_a_runner_that_dies_takes_the_others_with_it_once_their_stages_have_run(held):
+    held = held(runners=2, max_batch=1)
+    _, held_up = held.send([FLAT])
+    assert held.gate.entered.wait(WAIT_S)
+    break_next(held.engine, ZeroDivisionError("a bug"))
+    _, broken = held.send([SURE])
+    held.gate.open()
+    assert all(isinstance(waiter.rows[0], NotReady | RowAnswer) for waiter in (held_up, broken))
+    held.engine.close()
+    assert (held.engine.is_alive, held.engine.num_inflight) == (False, 0)
+    assert "ZeroDivisionError" in held.engine.why_not_ready
 
 
 # --- several models --------------------------------------------------------------------------------------------------
@@ -568,12 +613,13 @@ class Everyone:
 class Run:
     """One engine under one sequence of events; what it was asked and what became of it."""
 
-    def __init__(self, bundle, instrument, options):
+    def __init__(self, bundle, instrument, options, runners):
         self.bundle, self.instrument, self.options = bundle, instrument, options
         self.everyone = Everyone()
         self.asked = []
         self.refused = []
-        settings_ = EngineSettings(max_batch=3, max_inflight_samples=24, warm_up_s=0.005, max_wait_ms=1000.0)
+        bounds = {"max_batch": 3, "max_inflight_samples": 24, "max_wait_ms": 1000.0}
+        settings_ = EngineSettings(runners=runners, warm_up_s=0.005, **bounds)
         self.engine = Engine(open_device("cpu", 1), settings_)
         self.models = []
         self.load()
@@ -631,9 +677,13 @@ class Run:
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.one_of(submits, submits, submits, submits, cancels, rarely), max_size=25), endings)
-def test_every_admitted_request_gets_exactly_one_answer_whatever_happens(chain, instrument, options, events, ending):
-    run = Run(chain.bundle, instrument, options)
+@given(
+    st.lists(st.one_of(submits, submits, submits, submits, cancels, rarely), max_size=25),
+    st.tuples(endings, st.integers(1, 3)),
+)
+def test_every_admitted_request_gets_exactly_one_answer_whatever_happens(chain, instrument, options, events, way):
+    ending, runners = way
+    run = Run(chain.bundle, instrument, options, runners)
     try:
         for event in events:
             run.do(*event)
@@ -649,3 +699,15 @@ def test_every_admitted_request_gets_exactly_one_answer_whatever_happens(chain, 
     assert all(isinstance(error, NotReady | Overloaded | DeadlineExceeded) for error in run.refused)
     assert not run.engine.is_ready
     assert run.engine.why_not_ready
+
+
+@pytest.mark.parametrize(
+    "switch", [{"rebatch": False}, {"hold": False}, {"batch_timeout_ms": 5.0}, {"forced_exits": False}]
+)
+def test_with_a_rule_turned_off_the_answers_stay_the_same(open_engine, chain, switch):
+    x_BD = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+    answers = []
+    for knobs in ({}, switch):
+        result = open_engine(chain, **knobs).classify(x_BD, policy="confidence", threshold=0.6)
+        answers.append([(row.answer.exit_index, int(row.answer.top_class_K[0])) for row in result.rows])
+    assert answers[0] == answers[1]

@@ -581,7 +581,7 @@ def test_admission_reckons_with_the_trunk_only(simulate, nets, to_the_end, remai
     admission = Admission(EngineSettings(margin_ms=0.0))
     asked = to_the_end(nets["choice"], on_miss="reject")
     with pytest.raises(DeadlineExceeded) if is_refused else nullcontext():
-        admission.admit(served, 1, asked, remaining_s)
+        admission.admit(served, 1, asked, remaining_s, now=0.0)
 
 
 def test_warm_up_profiles_gated_stages_too(open_engine, nets):

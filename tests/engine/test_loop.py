@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from offramp_contract.errors import Cancelled, DeadlineExceeded, NotFinite, NotReady, StageFailed
 from offramp_contract.policy import Reason
 from offramp_contract.statistics import decision_of_logits, log_softmax
+from offramp_server.admission import Lot
 from offramp_server.messages import Progress, Result, RowAnswer
+from offramp_server.rules import Rules
 from offramp_server.submission import Submission
 
 SURE = (9.0, 0.0, 0.0, 0.0)
@@ -403,6 +405,7 @@ def test_a_client_that_leaves_before_its_rows_wait_anywhere_frees_them_too(simul
     early = Submission(
         served, {"x": x}, options(), listener=sim.inbox, arrival_s=0.0, budget_ms=None, cancel_signal=sim.cancel_signal
     )
+    early.lot = Lot(served, None, 0)
     early.cancel()
     sim.loop.step()
     sim.loop.enqueue(early, sim.clock.now)
@@ -517,6 +520,7 @@ def test_a_row_has_waited_since_it_was_admitted(simulate, chain, options):
         budget_ms=None,
         cancel_signal=sim.cancel_signal,
     )
+    submission.lot = Lot(served, None, 0)
     admitted_s = sim.clock.now
     sim.clock.now += 0.5
     sim.loop.enqueue(submission, admitted_s)
@@ -641,3 +645,29 @@ def test_every_request_gets_exactly_one_result_whatever_happens(simulate, chain,
         assert submission.unanswered == []
     assert sim.settled[served] == sum(submission.num_rows for submission in asked)
     assert len(sim.log.done) == len(asked)
+
+
+def test_without_forced_exits_a_row_runs_to_where_its_policy_lets_it_leave_however_late(simulate, chain, options):
+    reasons = []
+    for forced_exits in (True, False):
+        simulation = simulate(rules=Rules(forced_exits=forced_exits))
+        served = simulation.add(chain, lambda stage, rows: 0.1)
+        (row,) = simulation.answer(served, FLAT, options(), budget_s=0.15).rows
+        reasons.append((row.reason, row.answer.exit_index))
+    assert reasons == [(Reason.DEADLINE, 0), (Reason.FINAL, 2)]
+
+
+def test_a_row_whose_answer_would_be_late_behind_a_stage_that_cannot_wait_leaves_with_it_before(
+    simulate, chain, options
+):
+    simulation = simulate()
+    served = simulation.add(chain, lambda stage, rows: 0.5 if stage == 0 else 0.1)
+    in_hand = simulation.submit(served, FLAT, options(), budget_s=0.8)
+    simulation.loop.step()
+    simulation.submit(served, FLAT, options(), budget_s=0.6)
+    left_at = simulation.clock.now
+    simulation.loop.step()
+    (row,) = simulation.inbox.result(in_hand).rows
+    assert (row.reason, row.answer.exit_index) == (Reason.DEADLINE, 0)
+    assert simulation.clock.now == left_at + 0.5
+    assert simulation.inbox.result(in_hand).total_s < 0.8

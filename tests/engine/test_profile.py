@@ -5,7 +5,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from offramp_server.profile import OUTLIER, Profile, StageProfile
+from offramp_server.profile import Profile
+from offramp_server.stage_profile import OUTLIER, StageProfile
 
 SIZES = (1, 2, 4, 8, 16)
 seconds = st.floats(1e-5, 1.0)
@@ -201,14 +202,46 @@ def test_the_open_rate_is_that_of_the_last_rows():
     assert profile.open_rate(4) == 1.0
 
 
-def test_a_row_is_reckoned_at_full_depth_until_rows_were_seen(scripted):
-    profile = scripted(lambda stage, rows: 0.01 * rows)
-    assert profile.row_s == pytest.approx(0.03)
-    for _ in range(1000):
-        profile.observe_row(0.01)
-    assert profile.row_s == pytest.approx(0.01, rel=0.01)
-
-
 def test_a_profile_needs_no_exit_at_every_stage():
     profile = Profile([2], 3, 4)
     assert profile.first_answer_stage() == 2
+
+
+def padded_profile(cost, sizes=(1, 4, 8)):
+    profile = StageProfile(sizes[-1], sizes)
+    for size in sizes:
+        profile.calibrate(size, [cost(size)] * 3)
+    return profile
+
+
+def test_a_batch_that_is_padded_takes_as_long_as_the_size_it_is_padded_to():
+    profile = padded_profile(lambda size: 0.01 * size)
+    assert [profile.padded(batch) for batch in range(1, 10)] == [1, 4, 4, 4, 8, 8, 8, 8, 9]
+    assert [profile.mean_s(batch) for batch in (1, 2, 4, 5, 8)] == pytest.approx([0.01, 0.04, 0.04, 0.08, 0.08])
+    profile.observe(3, 0.08)
+    assert profile.mean_s(2) == profile.mean_s(4) > 0.04
+    assert profile.mean_s(8) == pytest.approx(0.08)
+
+
+def test_rows_that_would_only_pay_for_padding_are_left_for_the_next_batch():
+    steep, shallow = padded_profile(lambda size: 0.01 * (2 + size)), padded_profile(lambda size: 0.01)
+    assert [steep.fill(waiting) for waiting in range(1, 9)] == [1, 2, 3, 4, 4, 4, 7, 8]
+    assert [shallow.fill(waiting) for waiting in range(1, 9)] == list(range(1, 9))
+
+
+@given(timings, observations, st.sampled_from([None, (1, 2, 8, 16), (4, 16)]))
+def test_the_knee_is_the_least_size_near_the_best_throughput(timed, observed, batch_sizes):
+    profile = StageProfile(16, batch_sizes)
+    for size, timing in zip(batch_sizes or SIZES, timed, strict=False):
+        profile.calibrate(size, timing)
+    rates = {size: profile.rate(size) for size in range(1, 17)}
+    near = [size for size, rate in rates.items() if rate >= 0.95 * max(rates.values())]
+    assert profile.knee == near[0]
+
+
+def test_of_the_rows_in_a_body_all_come_to_the_trunk_behind_it_and_some_to_the_next_body():
+    profile = gated_profile()
+    profile.observe_gates(range(2, 3), 3, 64)
+    assert profile.joining_share(1, 3) == profile.joining_share(2, 3) == 1.0
+    assert profile.joining_share(1, 2) == profile.open_rate(2) < 0.5
+    assert profile.joining_share(1, 5) == profile.joining_share(2, 1) == profile.joining_share(3, 5) == 0.0

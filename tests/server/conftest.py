@@ -114,7 +114,7 @@ def _start(
     engine = engine_type(open_device("cpu", settings.threads), settings.engine_settings(), observer or metrics)
     for bundle in bundles:
         engine.add_model(open_bundle(bundle))
-    repository = Repository(engine, folder, linger_s=settings.body_timeout_s)
+    repository = Repository(engine, folder, linger_s=settings.body_timeout_s, defaults_of=settings.defaults_of)
     repository.load_all()
     app = create_app(settings, repository, engine, metrics)
     listener = bind(settings)

@@ -45,7 +45,7 @@ def test_the_answer_says_what_and_where_and_why(toy: Any) -> None:
     assert (sure["stages"], sure["depth"]) == (["stage_0"], pytest.approx(1 / 3, abs=1e-5))
     assert (sure["score"], sure["threshold"]) == (sure["probability"], 0.9)
     assert (unsure["exit"]["index"], unsure["stages"]) == (1, ["stage_0", "stage_1"])
-    assert answer["policy"] == {"kind": "confidence", "operating_point": None, "certified": None}
+    assert answer["policy"] == {"kind": "confidence", "operating_point": None, "certified": None, "gear": None}
     assert answer["timing"]["budget_ms"] == 500
     assert answer["timing"]["total_ms"] >= answer["timing"]["compute_ms"] > 0
     assert answer["model"] == "toy"

@@ -71,7 +71,8 @@ def test_every_series_of_a_model_exists_at_zero_from_the_moment_it_is_loaded(met
 def test_no_series_but_the_process_own_lacks_the_model_and_its_version(metrics):
     metrics.stage_ran(run())
     without = {sample.name for sample in Scrape(metrics).samples() if not {"model", "version"} <= sample.labels.keys()}
-    assert all(name.startswith("process_") or name == "offramp_build_info" for name in without)
+    of_the_process = ("process_", "offramp_build_info", "offramp_http_worker")
+    assert all(name.startswith(of_the_process) for name in without)
 
 
 def test_rows_that_left_are_counted_by_exit_and_reason(metrics):

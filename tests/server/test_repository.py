@@ -11,10 +11,11 @@ from offramp_contract.calibration import Calibration, OperatingPoint
 from offramp_contract.errors import BundleError, InvalidValue, ManifestError, NotReady, UnknownModel
 from offramp_contract.policy_spec import ConfidenceSpec
 from offramp_runtime import open_bundle, open_device
+from offramp_server.catalogue import IndexEntry
 from offramp_server.engine import Engine
 from offramp_server.engine_settings import EngineSettings
 from offramp_server.messages import NoObserver, StageRun
-from offramp_server.repository import IndexEntry, Repository
+from offramp_server.repository import Repository
 from offramp_server.repository_files import scan
 
 MakeBundle = Callable[..., Path]

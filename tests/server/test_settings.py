@@ -73,3 +73,9 @@ def test_the_engine_gets_its_share() -> None:
     assert settings.engine_settings() == EngineSettings(
         max_batch=5, max_inflight_samples=6, default_latency_ms=7, margin_ms=0.5
     )
+
+
+def test_the_scheduler_gets_the_rules_that_are_turned_off() -> None:
+    off = {"rebatch": False, "hold": False, "batch_timeout_ms": 3.0, "forced_exits": False}
+    settings = ServerSettings.load(**off).engine_settings()
+    assert {name: getattr(settings, name) for name in off} == off

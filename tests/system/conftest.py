@@ -16,13 +16,22 @@ import pytest
 import yaml
 from gated_bundles import TWO, gated_rows, write_gated
 from offramp_cli.server_process import server_process
+from offramp_contract.calibration import Certificate, OperatingPoint
+from offramp_contract.policy_spec import ConfidenceSpec
 
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = ROOT / "dashboards"
 SCRAPE_INTERVAL = "200ms"
 LIMIT_S = 60.0
 POLL_S = 0.05
-SERVE_FLAGS = ("--device", "cpu", "--threads", "1", "--warm-up-s", "0.3", "--max-inflight-samples", "32")
+SERVE_FLAGS = ("--device", "cpu", "--threads", "1", "--warm-up-s", "0.3", "--max-inflight-samples", "32",
+               "--gear-floor-accuracy", "0.5")  # fmt: skip
+CERTIFIED = OperatingPoint(
+    name="early", policy=ConfidenceSpec(threshold=0.5), compute=0.5, accuracy=0.9, exit_rates=(0.5, 0.5, 0.0),
+    certificates=(
+        Certificate(kind="accuracy", method="ltt", bound=0.8, delta=0.05, num_samples=400, data_digest="0" * 64),
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,9 @@ def observed(make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPath
     """Serve, scrape, send the load, and wait until Prometheus knows all that the server counted."""
     folder = tmp_path_factory.mktemp("observed")
     models = folder / "models"
-    shutil.copytree(make_bundle(name="digits", gains=(1.0, 10.0, 100.0), work=300), models / "digits")
+    shutil.copytree(
+        make_bundle(name="digits", gains=(1.0, 10.0, 100.0), work=300, operating_points=(CERTIFIED,)), models / "digits"
+    )
     write_gated(models / "gated", TWO, "gated")
     with server_process(models, folder / "server.log", SERVE_FLAGS) as url, scraping(url, folder) as prometheus:
         prometheus.until(lambda: bool(prometheus.query("offramp_inflight_samples == 0")), "the server is scraped")

@@ -15,7 +15,7 @@ DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 DASHBOARD = json.loads((DASHBOARDS / "offramp.json").read_text())
 PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"] if panel["type"] != "row"}
 WHOLE_SERVER = {"Requests by model", "Compute saved since load", "CPU", "Memory"}
-MAY_BE_ZERO = {"Rows in flight"}
+MAY_BE_ZERO = {"Rows in flight", "Gear"}
 GATED = {"Gates open", "Gate decisions, over time"}
 """Panels of networks with gates; the run serves one beside the other network."""
 SPAN_S = 60  # holds the whole run, and ends where everything has been scraped

@@ -1,9 +1,10 @@
 """The engine's results as the JSON that people read."""
 
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
+from offramp_contract.calibration import Certificate
 from offramp_contract.errors import OfframpError
 from offramp_contract.manifest import Manifest
 from starlette.responses import Response
@@ -22,17 +23,40 @@ def failure_of(result: Result) -> OfframpError | None:
     return failures[0] if len(failures) == len(result.rows) else None
 
 
+class ServedBy(NamedTuple):
+    """The rule that served a request, whether it asked for that itself or a gear put it in place.
+
+    Attributes:
+        kind: The kind of policy.
+        operating_point: The calibrated point it comes from, if it comes from one.
+        certificate: What it was chosen for, if that is certified.
+    """
+
+    kind: str
+    operating_point: str | None
+    certificate: Certificate | None
+
+
+def served_by(result: Result, served: ServedModel, routing: Routing) -> ServedBy:
+    """Name the rule that served a request."""
+    if not result.gear:
+        return ServedBy(routing.options.policy_spec.kind, routing.options.operating_point, routing.certificate)
+    gear = served.ladder[result.gear]
+    return ServedBy(gear.policy_spec.kind, None if gear.point is None else gear.point.name, gear.certificates[0])
+
+
 def answer_document(result: Result, served: ServedModel, routing: Routing) -> dict[str, Any]:
     """Give the whole answer of a request."""
-    options, certificate = routing.options, routing.certificate
+    used = served_by(result, served, routing)
     return {
         "model": served.name,
         "version": served.version,
         "predictions": [_prediction(row, served.manifest, routing) for row in result.rows],
         "policy": {
-            "kind": options.policy_spec.kind,
-            "operating_point": options.operating_point,
-            "certified": None if certificate is None else certificate.model_dump(exclude={"data_digest"}),
+            "kind": used.kind,
+            "operating_point": used.operating_point,
+            "certified": None if used.certificate is None else used.certificate.model_dump(exclude={"data_digest"}),
+            "gear": result.gear,
         },
         "timing": {
             "queue_ms": _milliseconds(result.queue_s),
@@ -51,7 +75,8 @@ def answer_response(result: Result, served: ServedModel, routing: Routing) -> Re
 
 def answer_headers(result: Result, served: ServedModel) -> dict[str, str]:
     """Give the headers of an answer: who answered, and what the time went to."""
-    return {
+    gear = {} if result.gear is None else {"x-gear": str(result.gear)}
+    return gear | {
         "x-model-version": served.version,
         "x-queue-time-ms": f"{result.queue_s * 1e3:.3f}",
         "x-compute-time-ms": f"{result.compute_s * 1e3:.3f}",

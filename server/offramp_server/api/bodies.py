@@ -1,12 +1,14 @@
 """Reads request bodies within bounds: of size as sent, of size decoded, and of time."""
 
 import asyncio
+import time
 import zlib
 from typing import Final
 
 from offramp_contract.errors import BodyTimeout, MalformedRequest, TooLarge, UnsupportedBody
 from starlette.requests import ClientDisconnect, Request
 
+from offramp_server.middleware import arrival_of
 from offramp_server.settings import ServerSettings
 
 # zlib's window bits: 16 more reads the gzip format. Clients send `deflate` both with zlib's header, as RFC 9110 says,
@@ -33,7 +35,8 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
             f"content-encoding: {encoding[:40]!r} is not read here; send identity, gzip or deflate", "content-encoding"
         )
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
+        late_s = arrival_of(request.scope) + settings.body_timeout_s - time.monotonic()
+        async with asyncio.timeout(late_s):
             body = await _read_bounded(request, settings.max_body_bytes)
     except TimeoutError:
         raise BodyTimeout(f"body: it did not arrive whole within {settings.body_timeout_s:g} s", "body") from None

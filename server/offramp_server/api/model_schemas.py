@@ -58,6 +58,21 @@ class GateDescription(Document):
     stages: list[str] = Field(description="The stages behind it.")
 
 
+class GearDescription(Document):
+    """One step of the ladder by which a backlog moves requests that leave the choice to the server."""
+
+    gear: int = Field(description="0 is what they get without a backlog.")
+    policy: PolicySpec
+    operating_point: str | None = Field(description="Null where gear 0 is a policy that was not calibrated.")
+    gate_threshold: Share | None
+    compute: Share | None = Field(description="Average share of the full path's FLOPs.")
+    accuracy: Share | None
+    expected_ms: float = Field(
+        description="Average device time of a row among many: as calibration expects it, then as rows lately took it."
+    )
+    certificates: list[CertificateStatement] = Field(description="Those by which it is above the operator's floor.")
+
+
 class ModelDescription(ModelSummary):
     """All that may be asked of a model."""
 
@@ -75,6 +90,8 @@ class ModelDescription(ModelSummary):
     combine: list[str]
     on_miss: list[str]
     num_operating_points: int
+    gear: int | None = Field(description="The gear now; null if the model has none.")
+    gears: list[GearDescription] = Field(description="From what requests get now to the cheapest above the floor.")
     provenance: dict[str, Any]
 
 

@@ -12,6 +12,7 @@ from starlette.routing import Route
 from offramp_server.choice import choose
 from offramp_server.context import context_of
 from offramp_server.fields import ON_MISS, combinations_of, kinds_of
+from offramp_server.ladder import Gear
 from offramp_server.served import ServedModel
 
 
@@ -52,6 +53,8 @@ async def describe_model(request: Request) -> Response:
             "combine": combinations_of(manifest),
             "on_miss": ON_MISS,
             "num_operating_points": len(served.calibration.operating_points),
+            "gear": context.engine.gear_of(served),
+            "gears": [_gear(number, gear, served) for number, gear in enumerate(served.ladder)],
             "provenance": manifest.provenance.model_dump(mode="json"),
         }
     )
@@ -72,6 +75,20 @@ async def list_operating_points(request: Request) -> Response:
             "operating_points": [_point(point, served) for point in points],
         }
     )
+
+
+def _gear(number: int, gear: Gear, served: ServedModel) -> dict[str, Any]:
+    point = gear.point
+    return {
+        "gear": number,
+        "policy": gear.policy_spec.model_dump(mode="json"),
+        "operating_point": None if point is None else point.name,
+        "gate_threshold": None if point is None else point.gate_threshold,
+        "compute": None if point is None else point.compute,
+        "accuracy": None if point is None else point.accuracy,
+        "expected_ms": round(served.costs.asked_s(number) * 1e3, 4),
+        "certificates": [certificate.model_dump(exclude={"data_digest"}) for certificate in gear.certificates],
+    }
 
 
 def _point(point: OperatingPoint, served: ServedModel) -> dict[str, Any]:

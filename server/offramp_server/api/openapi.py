@@ -47,7 +47,7 @@ _ANSWER_EXAMPLE: Final = {
             "threshold": 0.9,
         }
     ],
-    "policy": {"kind": "confidence", "operating_point": None, "certified": None},
+    "policy": {"kind": "confidence", "operating_point": None, "certified": None, "gear": None},
     "timing": {"queue_ms": 0.4, "compute_ms": 3.1, "total_ms": 4.0, "budget_ms": 20.0},
 }
 _REQUEST_EXAMPLES: Final = {
@@ -155,6 +155,7 @@ _QUERY_TYPES: Final = {
 _ANSWER_HEADERS: Final = {
     "x-request-id": "The request's own id, or the server's.",
     "x-model-version": "Which version of the model answered.",
+    "x-gear": "The gear that served the request, where the choice was left to a server that has some.",
     "x-queue-time-ms": "Milliseconds spent waiting.",
     "x-compute-time-ms": "Milliseconds the stages ran.",
     "x-total-time-ms": "Milliseconds from arrival to answer.",

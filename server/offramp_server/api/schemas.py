@@ -202,6 +202,10 @@ class PolicyUsed(Document):
     kind: str
     operating_point: str | None
     certified: CertificateStatement | None
+    gear: int | None = Field(
+        description="Where the choice was left to the server: how far down the model's gears its load has moved it; 0 "
+        "is not at all. Null where the request chose for itself or the model has no gears."
+    )
 
 
 class Timing(Document):

@@ -105,6 +105,8 @@ def _column(name: str, values_R: np.ndarray) -> OutputTensor:
 
 def _logits(name: str, rows: Sequence[RowAnswer]) -> FloatArray:
     logits = [row.answer.logits_C for row in rows if row.answer.logits_C is not None]
+    if len(logits) == 1:
+        return logits[0][None]
     counts = sorted({len(logits_C) for logits_C in logits})
     if len(counts) > 1:
         raise InvalidValue(

@@ -1,4 +1,8 @@
-"""Reads an inference request: its JSON, the binary data behind it, and the routing among its parameters."""
+"""Reads an inference request: its JSON, the binary data behind it, and the routing among its parameters.
+
+What the JSON says is one thing, its `Wording`, and the bytes of the tensors another: clients send the same words again
+and again with other bytes behind them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,11 +34,45 @@ class RequestedOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class InferRequest:
-    """An inference request, read but not yet checked against what the model can honour.
+class BinaryInput:
+    """Where in the body an input's binary data is.
 
     Attributes:
-        arrays: The tensors by input name.
+        tensor: The input.
+        shape: With the batch axis.
+        start: Its first byte.
+        end: The byte behind its last.
+    """
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def array(self, body: bytes) -> np.ndarray:
+        """Give its values; see `tensor_of_binary`."""
+        data = memoryview(body)[self.start : self.end]
+        return tensor_of_binary(data, self.tensor.dtype, self.shape, f"inputs.{self.tensor.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class JsonInput:
+    """An input whose values are in the JSON itself."""
+
+    tensor: Tensor
+    values: np.ndarray
+
+    def array(self, body: bytes) -> np.ndarray:
+        """Give its values."""
+        return self.values
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What the JSON of an inference request says, read but not yet checked against what the model can honour.
+
+    Attributes:
+        inputs: The inputs, each once.
         outputs: What is asked for; empty if nothing is named.
         is_binary: How outputs come that do not say.
         fields: The routing fields, typed.
@@ -42,19 +80,34 @@ class InferRequest:
     """
 
     id: str | None
-    arrays: dict[str, np.ndarray]
+    inputs: tuple[BinaryInput | JsonInput, ...]
     outputs: tuple[RequestedOutput, ...]
     is_binary: bool
     fields: dict[str, Any]
     timeout_us: int | None
 
+    @property
+    def num_rows(self) -> int:
+        """The rows that the first input says it has; checked against the others once the arrays are read."""
+        first = self.inputs[0]
+        return first.shape[0] if isinstance(first, BinaryInput) else len(first.values)
 
-def read_request(body: bytes, header_length: str | None, manifest: Manifest, max_rows: int) -> InferRequest:
-    """Read an inference request.
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether other requests may well have the same words: nothing in them is one request's own."""
+        return self.id is None and all(isinstance(one, BinaryInput) for one in self.inputs)
+
+    def arrays(self, body: bytes) -> dict[str, np.ndarray]:
+        """Give the tensors by input name, from a body as long as that which these words were read from."""
+        return {one.tensor.name: one.array(body) for one in self.inputs}
+
+
+def read_wording(text: bytes, num_bytes: int, manifest: Manifest, max_rows: int) -> Wording:
+    """Read the JSON of an inference request.
 
     Args:
-        body: The whole body, its Content-Encoding undone.
-        header_length: The header `Inference-Header-Content-Length`: where the JSON ends and binary data begins.
+        text: The JSON.
+        num_bytes: Length of the whole body, its Content-Encoding undone.
         manifest: The model that is asked.
         max_rows: The operator's limit.
 
@@ -63,16 +116,15 @@ def read_request(body: bytes, header_length: str | None, manifest: Manifest, max
         InvalidValue: Naming the field, if a value is not one that can be honoured.
         TooLarge: If there are more than `max_rows` rows.
     """
-    json_length = _json_length(header_length, len(body))
-    document = read_document(body if json_length == len(body) else body[:json_length])
+    document = read_document(text)
     request_id = document.get("id")
     if not isinstance(request_id, str | None):
         raise MalformedRequest("id: must be a string", "id")
     parameters = _parameters(document, "parameters")
     is_binary = _boolean(parameters, "binary_data_output", "parameters")
-    arrays = _read_inputs(document.get("inputs"), body, json_length, manifest, max_rows)
+    inputs = _read_inputs(document.get("inputs"), len(text), num_bytes, manifest, max_rows)
     outputs = _read_outputs(document.get("outputs"), is_binary)
-    return InferRequest(request_id, arrays, outputs, is_binary, _routing_fields(parameters), _timeout(parameters))
+    return Wording(request_id, inputs, outputs, is_binary, _routing_fields(parameters), _timeout(parameters))
 
 
 def read_document(text: bytes) -> dict[str, Any]:
@@ -90,7 +142,12 @@ def read_document(text: bytes) -> dict[str, Any]:
     return document
 
 
-def _json_length(header: str | None, num_bytes: int) -> int:
+def json_length_of(header: str | None, num_bytes: int) -> int:
+    """Read the header `Inference-Header-Content-Length`: where in a body the JSON ends and binary data begins.
+
+    Raises:
+        MalformedRequest: If it is no length within the body.
+    """
     if header is None:
         return num_bytes
     field = "inference-header-content-length"
@@ -99,27 +156,31 @@ def _json_length(header: str | None, num_bytes: int) -> int:
     return int(header)
 
 
-def _read_inputs(written: object, body: bytes, offset: int, manifest: Manifest, max_rows: int) -> dict[str, np.ndarray]:
+def _read_inputs(
+    written: object, offset: int, num_bytes: int, manifest: Manifest, max_rows: int
+) -> tuple[BinaryInput | JsonInput, ...]:
     tensors = {tensor.name: tensor for tensor in manifest.inputs}
-    arrays: dict[str, np.ndarray] = {}
+    inputs: dict[str, BinaryInput | JsonInput] = {}
     for entry in _objects(written, "inputs"):
         name = entry.get("name")
         tensor = tensors.get(name) if isinstance(name, str) else None
         if tensor is None:
             got = f"{name[:80]!r}" if isinstance(name, str) else "no name"
             raise InvalidValue(f"inputs: this model reads {', '.join(tensors)}; got {got}", "inputs")
-        if tensor.name in arrays:
+        if tensor.name in inputs:
             raise InvalidValue(f"inputs: {tensor.name!r} is given twice", "inputs")
-        arrays[tensor.name], offset = _read_input(entry, tensor, body, offset, max_rows)
-    if offset != len(body):
-        raise MalformedRequest(f"body: {len(body) - offset} bytes follow the last input's binary data", "body")
-    return arrays
+        one = inputs[tensor.name] = _read_input(entry, tensor, offset, num_bytes, max_rows)
+        if isinstance(one, BinaryInput):
+            offset = one.end
+    if offset != num_bytes:
+        raise MalformedRequest(f"body: {num_bytes - offset} bytes follow the last input's binary data", "body")
+    return tuple(inputs.values())
 
 
 def _read_input(
-    entry: Mapping[str, Any], tensor: Tensor, body: bytes, offset: int, max_rows: int
-) -> tuple[np.ndarray, int]:
-    """Read one input; gives it and where the next one's binary data begins."""
+    entry: Mapping[str, Any], tensor: Tensor, offset: int, num_bytes: int, max_rows: int
+) -> BinaryInput | JsonInput:
+    """Read one input, whose binary data would begin at an offset."""
     field = f"inputs.{tensor.name}"
     expected = DATATYPES[tensor.dtype]
     if entry.get("datatype") != expected:
@@ -131,9 +192,8 @@ def _read_input(
     if (size is None) == ("data" not in entry):
         raise InvalidValue(f"{field}: give either data or parameters.binary_data_size", field)
     if size is None:
-        return tensor_of_json(entry["data"], tensor.dtype, shape, field), offset
-    end = offset + _size(size, offset, len(body), field)
-    return tensor_of_binary(memoryview(body)[offset:end], tensor.dtype, shape, field), end
+        return JsonInput(tensor, tensor_of_json(entry["data"], tensor.dtype, shape, field))
+    return BinaryInput(tensor, shape, offset, offset + _size(size, offset, num_bytes, field))
 
 
 def _size(written: object, offset: int, num_bytes: int, field: str) -> int:

@@ -24,7 +24,7 @@ def answer_parts(
     """Give an answer's body and, if it holds binary data, where that begins.
 
     Args:
-        head: The document but its outputs.
+        head: The document, which gets its outputs here.
         requested: How each tensor is to come.
         tensors: One per requested output.
     """
@@ -37,7 +37,8 @@ def answer_parts(
         else:
             written["data"] = tensor.to_json()
         outputs.append(written)
-    text = orjson.dumps(head | {"outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
+    head["outputs"] = outputs
+    text = orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)
     return (b"".join([text, *data]), len(text)) if data else (text, None)
 
 
@@ -45,16 +46,23 @@ async def infer_response(
     body: bytes, json_length: int | None, headers: dict[str, str], accept_encoding: str
 ) -> Response:
     """Answer with a body, compressed if the client would rather have it so and it is long enough to gain by it."""
+    if len(body) > MAX_INLINE_BYTES and chosen_encoding(accept_encoding) is not None:
+        body, stated = await asyncio.to_thread(coded, body, json_length, accept_encoding)
+    else:
+        body, stated = coded(body, json_length, accept_encoding)
+    return Response(body, 200, headers | stated)
+
+
+def coded(body: bytes, json_length: int | None, accept_encoding: str) -> tuple[bytes, dict[str, str]]:
+    """Give a body as it is sent, and the headers that say how to read it."""
+    if json_length is None:
+        headers = {"content-type": "application/json"}
+    else:
+        headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(json_length)}
     encoding = chosen_encoding(accept_encoding) if len(body) >= LEAST_COMPRESSED_BYTES else None
-    if json_length is not None:
-        headers = headers | {"inference-header-content-length": str(json_length)}
-    if encoding is not None:
-        headers = headers | {"content-encoding": encoding, "vary": "accept-encoding"}
-        if len(body) > MAX_INLINE_BYTES:
-            body = await asyncio.to_thread(_compressed, body, encoding)
-        else:
-            body = _compressed(body, encoding)
-    return Response(body, 200, headers, "application/json" if json_length is None else "application/octet-stream")
+    if encoding is None:
+        return body, headers
+    return _compressed(body, encoding), headers | {"content-encoding": encoding, "vary": "accept-encoding"}
 
 
 def chosen_encoding(accept_encoding: str) -> str | None:

@@ -22,6 +22,10 @@ DATATYPES: Final = {
 
 BYTES: Final = "BYTES"
 
+# Looked up by the type itself: numpy spells a type's name anew, in Python, whenever it is asked for.
+_NAME_OF: Final = {np.dtype(dtype): name for dtype, name in DATATYPES.items()}
+_LITTLE_ENDIAN: Final = {dtype: np.dtype(dtype).newbyteorder("<") for dtype in DATATYPES}
+
 _JSON_TYPES: Final[dict[str, set[type]]] = {"f": {int, float}, "i": {int}, "u": {int}, "b": {bool}}
 _JSON_NAMES: Final = {"f": "numbers", "i": "integers", "u": "integers", "b": "true and false"}
 
@@ -41,7 +45,7 @@ class OutputTensor:
     @property
     def datatype(self) -> str:
         """The protocol's name of its type."""
-        return DATATYPES[self.values.dtype.name] if isinstance(self.values, np.ndarray) else BYTES
+        return _NAME_OF[self.values.dtype] if isinstance(self.values, np.ndarray) else BYTES
 
     def to_json(self) -> Any:
         """Give its values flat, as orjson writes them."""
@@ -91,7 +95,7 @@ def tensor_of_binary(data: memoryview, dtype: str, shape: tuple[int, ...], field
     Raises:
         InvalidValue: If the shape needs more or fewer bytes, or BOOL data holds something else than 0 and 1.
     """
-    kind = np.dtype(dtype).newbyteorder("<")
+    kind = _LITTLE_ENDIAN[dtype]
     num_bytes = math.prod(shape) * kind.itemsize
     if num_bytes != len(data):
         name = f"{field}.parameters.binary_data_size"
