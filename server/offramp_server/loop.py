@@ -179,6 +179,8 @@ class DeviceLoop:
         """Take note of a dispatch."""
         key, stage, num_rows = dispatch.key, dispatch.key.stage, len(waited)
         served.profile.stages[stage].observe(num_rows, seconds)
+        if self.has_work:
+            served.profile.observe_busy_round(stage, num_rows, seconds)
         served.tally.count_dispatch(num_rows, seconds, is_first=stage == served.profile.trunk_from(0))
         name = served.manifest.stages[stage].name
         self._observer.stage_ran(StageRun(served.name, served.version, name, key.variant, seconds, waited))

@@ -6,6 +6,7 @@ from functools import partial
 from offramp_server.stage_profile import StageProfile
 
 ROW_GAIN = 1 / 64
+ROUND_GAIN = 1 / 64
 CHANGES_PER_STAGE = 8
 """What lies before an exit is summed up anew when one in so many of its stages has changed."""
 
@@ -43,6 +44,7 @@ class Profile:
             StageProfile(max_batch, batch_sizes, partial(self._note_change, last)) for last in self._next_exit_stage
         ]
         self._open_rates = dict.fromkeys(gated_stages, 1.0)
+        self._busy_s = self._at_knee_s = 0.0
         self._trunk_before = [max((t for t in trunk if t < stage), default=-1) for stage in range(num_stages)]
 
     def bound_s(self, stage: int, batch: int) -> float:
@@ -116,3 +118,18 @@ class Profile:
     def knee(self, stage: int) -> int:
         """The batch size beyond which a stage gains nothing worth waiting for."""
         return self.stages[stage].knee
+
+    @property
+    def strain(self) -> float:
+        """How much longer rows take while others wait than they would in batches at the knee; 1 or more.
+
+        Deadlines, gates and exits keep batches small, and a dispatch costs more than its graph: where that is much of a
+        stage's time, a backlog is worked off more slowly than the knee promises.
+        """
+        return max(self._busy_s / self._at_knee_s, 1.0) if self._at_knee_s else 1.0
+
+    def observe_busy_round(self, stage: int, num_rows: int, seconds: float) -> None:
+        """Take into account what a dispatch took, all told, while more rows waited."""
+        at_knee_s = num_rows / self.stages[stage].rate(self.knee(stage))
+        self._busy_s += ROUND_GAIN * (seconds - self._busy_s)
+        self._at_knee_s += ROUND_GAIN * (at_knee_s - self._at_knee_s)

@@ -1,8 +1,8 @@
 """What a row costs the device, by the gear it was admitted in: what calibration expects, then what rows really do.
 
-Costs are reckoned at each stage's knee, the batch that rows meet when many wait: what they took alone on an idle device
-says nothing about a backlog. Shares of the full path are learnt, so that a device that slows down is believed at once
-in every gear.
+Costs are reckoned at each stage's knee, the batch that rows meet when many wait, and at what backlogs have really taken
+beside that: what rows took alone on an idle device says nothing about a backlog. Shares of the full path are learnt, so
+that a device that slows down is believed at once in every gear.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from offramp_server.ladder import Gear
 from offramp_server.profile import Profile
 
 ROW_GAIN: Final = 1 / 256
-REFRESH_EVERY: Final = 256
+REFRESH_EVERY: Final = 64
 
 
 class RowCost(NamedTuple):
@@ -105,12 +105,13 @@ class RowCosts:
             done_s.append(total_s)
             if index <= first_answer and not self._profile.is_gated(index):
                 first_s += row_s
-        self._full_s, self._first_s = total_s, first_s
+        strain = self._profile.strain
+        self._full_s, self._first_s = strain * total_s, strain * first_s
         self._exit_shares = [done_s[stage] / total_s for stage in self._exit_stages]
         if not self._shares:
             expected = [(gear, self._expected(step)) for gear, step in enumerate(self._ladder)]
             self._shares = {gear: _Share(share, share) for gear, share in [(None, 1.0), *expected]}
-        self._costs = {gear: share.cost(total_s, first_s) for gear, share in self._shares.items()}
+        self._costs = {gear: share.cost(self._full_s, self._first_s) for gear, share in self._shares.items()}
 
     def _expected(self, gear: Gear) -> float:
         if gear.point is None:

@@ -245,3 +245,16 @@ def test_of_the_rows_in_a_body_all_come_to_the_trunk_behind_it_and_some_to_the_n
     assert profile.joining_share(1, 3) == profile.joining_share(2, 3) == 1.0
     assert profile.joining_share(1, 2) == profile.open_rate(2) < 0.5
     assert profile.joining_share(1, 5) == profile.joining_share(2, 1) == profile.joining_share(3, 5) == 0.0
+
+
+def test_a_backlog_in_small_batches_strains_and_one_at_the_knee_does_not(scripted):
+    profile = scripted(lambda stage, rows: 8e-3 + 1e-3 * rows)
+    assert profile.strain == 1.0
+    knee = profile.knee(0)
+    for _ in range(200):
+        profile.observe_busy_round(0, knee, profile.stages[0].mean_s(knee))
+    assert profile.strain == pytest.approx(1.0)
+    for _ in range(400):
+        profile.observe_busy_round(0, 1, profile.stages[0].mean_s(1) + 1e-3)
+    expected = (profile.stages[0].mean_s(1) + 1e-3) * profile.stages[0].rate(knee)
+    assert profile.strain == pytest.approx(expected, rel=0.02)

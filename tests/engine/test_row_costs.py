@@ -71,3 +71,13 @@ def test_rows_that_skip_stages_cost_the_share_that_they_run(scripted):
     for _ in range(int(8 / ROW_GAIN)):
         costs.observe(0, 0, 0.5, is_forced=False)
     assert costs.asked_s(0) == pytest.approx(0.5 * 6e-3, rel=0.01)
+
+
+def test_rows_cost_more_where_a_backlog_was_seen_to_be_worked_off_more_slowly(scripted):
+    profile = scripted(lambda stage, rows: 1e-3 * (stage + 1) * rows)
+    manifest = SimpleNamespace(exits=[SimpleNamespace(stage=stage) for stage in range(3)], gates=())
+    for _ in range(10):
+        profile.observe_busy_round(0, 1, 2 / profile.stages[0].rate(profile.knee(0)))
+    costs = RowCosts(manifest, profile, ())
+    assert costs.asked_s(None) == pytest.approx(12e-3)
+    assert costs.of(None).first_s == pytest.approx(2e-3)
