@@ -157,7 +157,9 @@ def test_a_constant_load_finds_its_gear_and_stays_there(load):
     served = constant(gears_of(), load, seconds=20, gap_s=0.01)
     settled = served[len(served) // 2 :]
     fits = next((gear for gear, cost in enumerate(COSTS) if load * cost <= 1.0), LAST)
-    assert set(settled) <= {fits, min(fits + 1, LAST)}
+    # A backlog that grows by a few per cent a second may press nobody before the end.
+    nearly = next((gear for gear, cost in enumerate(COSTS) if load * cost <= 1.05), LAST)
+    assert set(settled) <= {nearly, fits, min(fits + 1, LAST)}
     assert sum(before != after for before, after in pairwise(settled)) <= 2
 
 

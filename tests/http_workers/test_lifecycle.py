@@ -90,12 +90,17 @@ def test_a_client_that_leaves_frees_its_work(repository):
         }
 
     before = outcomes()
-    with begun(repository):
-        pass
-    while num_inflight(repository):
-        pass
+    for _ in range(5):
+        with begun(repository):
+            pass
+        while num_inflight(repository):
+            pass
     after = outcomes()
-    assert {name: after[name] - before[name] for name in after if after[name] != before[name]} == {"cancelled": 1}
+    became = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    assert sum(became.values()) == 5
+    assert became["cancelled"] >= 1, (
+        "on a machine that stands still for a moment an answer may be ready first, not always"
+    )
 
 
 def num_inflight(served):
