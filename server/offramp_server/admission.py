@@ -21,6 +21,8 @@ from offramp_server.served import ServedModel
 LEAST_RETRY_AFTER_S: Final = 0.05
 MAX_RETRY_AFTER_S: Final = 60.0
 LOAD_WINDOW_S: Final = 4.0
+OVERLOAD: Final = 0.9
+"""Load from which on a request that will probably be late is refused; below, who may be late is answered late."""
 LEAST_SEEN: Final = 0.05
 """Share of the window before which the load is not told from what the first requests bring."""
 NUM_BUDGETS: Final = 16
@@ -118,8 +120,9 @@ class Admission:
 
         Raises:
             TooLarge: If there are more rows than may ever be in flight.
-            Overloaded: If too many rows are in flight, the predicted wait is too long, or so many rows come first that
-                not even the first exit can be reached in time.
+            Overloaded: If too many rows are in flight, the predicted wait is too long, or, under overload or where the
+                request would rather be refused, so many rows come first that not even the first exit can be reached in
+                time.
             DeadlineExceeded: If not even an idle device reaches the first exit in time and the request would rather be
                 refused.
         """
@@ -137,7 +140,8 @@ class Admission:
             if served.gears is not None and is_reachable:
                 served.gears.observe(queue.asked_s, min(remaining_s, self._max_wait_s), load, now)
             self._refuse_overload(num_rows, queue)
-            if is_reachable and queue.first_s + alone_s > remaining_s:
+            would_rather = load >= OVERLOAD or options.on_miss == "reject"
+            if would_rather and is_reachable and queue.first_s + alone_s > remaining_s:
                 self._refuse_late(served, queue, remaining_s - alone_s)
             lot = self._lots.get((served, gear, budget))
             if lot is None:

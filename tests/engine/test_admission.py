@@ -1,5 +1,7 @@
 """Who may come in, and when a refused one should try again."""
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,6 +124,20 @@ def test_only_who_would_rather_be_refused_is_refused_for_a_deadline_out_of_reach
     else:
         admit(admission, served, remaining_s=1.0, on_miss="reject")
     assert admission.num_inflight() == 2 - is_refused
+
+
+@pytest.mark.parametrize(("on_miss", "num_answered"), [("answer", 12), ("reject", 10)])
+def test_without_overload_a_burst_is_answered_late_unless_it_would_rather_be_refused(
+    served, admission_of, admit, on_miss, num_answered
+):
+    """Twelve rows at once in four quiet seconds: 0.36 s of work, and the last two come too late."""
+    admission = admission_of()
+    lot, _ = admit(admission, served, now=0.0)
+    admission.release(lot, 1)
+    for _ in range(12):
+        with suppress(Overloaded):
+            admit(admission, served, remaining_s=0.1, now=4.0, on_miss=on_miss)
+    assert admission.num_inflight() == num_answered
 
 
 def test_who_cannot_reach_the_first_exit_for_all_that_come_first_is_refused_at_once(served, admission_of, admit):
