@@ -14,7 +14,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 
 from offramp_contract.errors import InvalidValue
-from offramp_contract.manifest import Manifest, Merge
+from offramp_contract.manifest import Manifest
 from offramp_contract.statistics import BoolArray, FloatArray
 
 GateChoice: TypeAlias = Literal["own", "open", "shut"] | int
@@ -108,7 +108,7 @@ class StagePath:
             for gate, threshold in zip(self.manifest.gates, threshold_G, strict=True)
         )
 
-    def after(self, stage: int, is_open_G: Sequence[bool]) -> tuple[int, tuple[Merge, ...]]:
+    def following(self, stage: int, is_open_G: Sequence[bool]) -> int:
         """Find the stage that a row runs next.
 
         Args:
@@ -116,15 +116,8 @@ class StagePath:
             is_open_G: Whether each gate is open; those not scored yet are not.
 
         Returns:
-            The next stage, or the number of stages if there is none; and what stands for the outputs of the stages in
-            between, in order.
+            The next stage, or the number of stages if there is none.
         """
-        following = self.following(stage, is_open_G)
-        skipped = self.manifest.stages[stage + 1 : following]
-        return following, tuple(merge for passed in skipped for merge in passed.merges)
-
-    def following(self, stage: int, is_open_G: Sequence[bool]) -> int:
-        """Find the stage that a row runs next; see `after`."""
         for following, gates in self._ahead_S[stage + 1]:
             for gate in gates:
                 if not is_open_G[gate]:

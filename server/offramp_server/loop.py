@@ -188,7 +188,7 @@ class DeviceLoop:
 
 def _book(samples: Sequence[Sample], stage: int, ran: Ran) -> tuple[float, ...]:
     """Write down what a dispatch was to each of its rows; gives the seconds each has waited for it."""
-    started_s, ran_s, share_s = ran.started_s, ran.seconds, ran.seconds / len(samples)
+    started_s, ran_s = ran.started_s, ran.seconds
     waited = []
     for sample in samples:
         queue_s = started_s - sample.enqueued_s
@@ -196,5 +196,4 @@ def _book(samples: Sequence[Sample], stage: int, ran: Ran) -> tuple[float, ...]:
         sample.stages.append(stage)
         sample.queue_s += queue_s
         sample.compute_s += ran_s
-        sample.device_s += share_s
     return tuple(waited)

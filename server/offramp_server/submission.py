@@ -186,7 +186,6 @@ class Sample:
         enqueued_s: When it began to wait where it waits now.
         queue_s: Seconds it has waited.
         compute_s: Seconds its stages have run.
-        device_s: Its share of the device's seconds.
     """
 
     __slots__ = (
@@ -195,7 +194,6 @@ class Sample:
         "cohort",
         "compute_s",
         "deadline_s",
-        "device_s",
         "enqueued_s",
         "gates",
         "keeps_all",
@@ -238,7 +236,6 @@ class Sample:
         self.enqueued_s = 0.0
         self.queue_s = 0.0
         self.compute_s = 0.0
-        self.device_s = 0.0
 
     @property
     def is_cancelled(self) -> bool:

@@ -101,8 +101,10 @@ def test_a_row_runs_trunk_and_the_bodies_whose_gates_are_open(gated: dict[str, A
     network = chosen(gated, 0.5, 0.6, 0.7)
     path, stage, ran, aliases = StagePath(network), -1, [], []
     while True:
-        stage, merges = path.after(stage, is_open)
-        aliases += [(merge.run, merge.skip) for merge in merges]
+        following = path.following(stage, is_open)
+        skipped = network.stages[stage + 1 : following]
+        aliases += [(merge.run, merge.skip) for one in skipped for merge in one.merges]
+        stage = following
         if stage == len(network.stages):
             break
         ran.append(stage)

@@ -3,6 +3,7 @@
 Shapes: B = batch, D = channels, H, W = height and width, G = gates.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeAlias
@@ -19,16 +20,16 @@ Scorer: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]
 """Scores one batch on its way: features (B, D, H, W) or (B, D) and the gate's index, in order, to log-odds (B,)."""
 
 
-class Gates(nn.Module):
+class Gates(nn.Module, ABC):
     """All gates of a network."""
 
+    @abstractmethod
     def start(self, images_BDHW: torch.Tensor) -> Scorer:
         """Give what scores a batch's way through the network.
 
         Args:
             images_BDHW: The network's input.
         """
-        raise NotImplementedError
 
 
 class FeedForwardGates(Gates):
