@@ -1,27 +1,29 @@
-"""Counts what the engine does, for Prometheus. The only importer of prometheus_client.
+"""Counts what the engine does, for Prometheus.
 
-Every series carries `model` and `version`; all other labels have a set of values that the model's manifest and the
-code's own enumerations fix. A model's series exist, at 0, from the moment it is loaded, and go when it is unloaded.
-Observing costs about a microsecond a value: a model's children are looked up once, not for each event.
+It and its histograms are the only importers of prometheus_client. Every series carries `model` and `version`; all other
+labels have a set of values that the model's manifest and the code's own enumerations fix. A model's series exist, at 0,
+from the moment it is loaded, and go when it is unloaded. Observing costs little: a model's series are looked up once,
+not for each event, histograms count many values at a time, and gauges are read when somebody asks.
 """
 
 import threading
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version as installed_version
 from platform import python_version
 from typing import TypeVar
 
 from offramp_contract import errors
 from offramp_contract.policy import Reason
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 
+from offramp_server.histogram import Histogram
 from offramp_server.messages import Departure, GateDecision, Loaded, Outcome, RequestDone, StageRun
 
-M = TypeVar("M", bound=MetricWrapperBase)
+M = TypeVar("M", bound=MetricWrapperBase | Histogram)
 
 MODEL = ("model", "version")
 OUTCOMES: tuple[Outcome, ...] = ("ok", "error", "invalid", "cancelled", "deadline", "rejected")
@@ -155,20 +157,20 @@ class Metrics:
         """Show the gear that requests get."""
         seen = self._models.get((model, version))
         if seen is not None:
-            seen.gear.set(gear)
+            seen.gear = gear
 
     def inflight_changed(self, model: str, version: str, num_samples: int) -> None:
         """Show how many rows are admitted and unanswered."""
         seen = self._models.get((model, version))
         if seen is not None:
-            seen.inflight.set(num_samples)
+            seen.num_inflight = num_samples
 
 
 class _Families:
     """The metrics, all models together."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._all: list[MetricWrapperBase] = []
+        self._all: list[MetricWrapperBase | Histogram] = []
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return self._kept(Counter(name, text, (*MODEL, *labels), registry=registry))
@@ -176,8 +178,8 @@ class _Families:
         def gauge(name: str, text: str) -> Gauge:
             return self._kept(Gauge(name, text, MODEL, registry=registry))
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return self._kept(Histogram(name, text, (*MODEL, *labels), registry=registry, buckets=buckets))
+        def histogram(name: str, text: str, bounds: Sequence[float], *labels: str) -> Histogram:
+            return self._kept(Histogram(name, text, (*MODEL, *labels), registry=registry, bounds=bounds))
 
         self.requests = counter("offramp_requests_total", "Requests, by what became of them.", "outcome")
         self.rejected = counter("offramp_rejected_total", "Requests that were not admitted, by error code.", "reason")
@@ -239,8 +241,7 @@ class _StageMetrics:
     def observe(self, run: StageRun) -> None:
         self._duration_s.observe(run.seconds)
         self._batch.observe(run.batch_size)
-        for seconds in run.queue_seconds:
-            self._queue_s.observe(seconds)
+        self._queue_s.observe_all(run.queue_seconds)
 
 
 class _ModelMetrics:
@@ -251,8 +252,9 @@ class _ModelMetrics:
         self.outcomes = {outcome: families.requests.labels(*key, outcome) for outcome in OUTCOMES}
         self.rejected = {reason: families.rejected.labels(*key, reason) for reason in REFUSALS}
         self.failed = {reason: families.failed.labels(*key, reason) for reason in (*FAILURES, errors.OfframpError.code)}
-        self.inflight = families.inflight.labels(*key)
-        self.gear = families.gear.labels(*key)
+        self.num_inflight = self.gear = 0
+        families.inflight.labels(*key).set_function(lambda: self.num_inflight)
+        families.gear.labels(*key).set_function(lambda: self.gear)
         self._gear_requests = [families.gear_requests.labels(*key, gear) for gear in range(max(loaded.num_gears, 1))]
         self.stages = {
             (name, variant): _StageMetrics(families, loaded, name, variant) for name, variant in loaded.stages
@@ -263,7 +265,7 @@ class _ModelMetrics:
         self._forced = families.forced.labels(*key)
         self._exit_depth = families.exit_depth.labels(*key)
         self._depth_ratio = families.depth_ratio.labels(*key)
-        self._saved = families.saved.labels(*key)
+        families.saved.labels(*key).set_function(self._saved_share)
         self._samples = {
             (exit_name, reason): families.samples.labels(*key, exit_name, reason.label)
             for exit_name, reason in _possible_exits(loaded)
@@ -285,21 +287,31 @@ class _ModelMetrics:
                 self._missed.inc()
 
     def rows_left(self, rows: list[Departure]) -> None:
-        for exit_and_reason, count in Tally((row.exit_name, row.reason) for row in rows).items():
-            self._samples[exit_and_reason].inc(count)
-        forced = sum(row.reason.is_forced for row in rows)
-        if forced:
-            self._forced.inc(forced)
+        left: dict[tuple[str, Reason], int] = {}
+        num_forced = 0
         for row in rows:
-            self._exit_depth.observe(row.exit_index)
-            self._depth_ratio.observe(row.depth)
+            way = row.exit_name, row.reason
+            left[way] = left.get(way, 0) + 1
+            num_forced += row.reason.is_forced
+            self._depth_sum += row.depth
+        self._num_rows += len(rows)
+        for way, count in left.items():
+            self._samples[way].inc(count)
+        if num_forced:
+            self._forced.inc(num_forced)
+        self._exit_depth.observe_all([row.exit_index for row in rows])
+        self._depth_ratio.observe_all([row.depth for row in rows])
+        if self._gates:
+            self._gates_decided(rows)
+
+    def _gates_decided(self, rows: list[Departure]) -> None:
         decided = Tally(decision for row in rows for decision in enumerate(row.gate_decisions))
         for (gate, decision), count in decided.items():
             if decision is not None:
                 self._gates[gate][decision].inc(count)
-        self._num_rows += len(rows)
-        self._depth_sum += sum(row.depth for row in rows)
-        self._saved.set(1.0 - self._depth_sum / self._num_rows)
+
+    def _saved_share(self) -> float:
+        return 1.0 - self._depth_sum / self._num_rows if self._num_rows else 0.0
 
 
 def _possible_exits(loaded: Loaded) -> Iterator[tuple[str, Reason]]:
