@@ -44,10 +44,9 @@ class Shortcut(Protocol):
 class _Exchange:
     """A request on the short way and its answer; it stands where uvicorn keeps its own `RequestResponseCycle`."""
 
-    __slots__ = ("arrival_s", "chunks", "keep_alive", "more_body", "response_complete", "visit")
+    __slots__ = ("arrival_s", "chunks", "keep_alive", "more_body", "response_complete")
 
-    def __init__(self, visit: Visit, *, keep_alive: bool) -> None:
-        self.visit = visit
+    def __init__(self, *, keep_alive: bool) -> None:
         self.keep_alive = keep_alive
         self.arrival_s = time.monotonic()
         self.chunks: list[bytes] = []
@@ -64,6 +63,9 @@ class QuickProtocol(OfframpProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._exchange: _Exchange | None = None  # under way; its body may still be coming
+        # Beside the exchange, not in it: a visit knows how to reply and so its exchange, and a circle of objects would
+        # wait for the garbage collector.
+        self._visit: Visit | None = None
         self._body_timer: Any = None
         self._dated: tuple[Any, bytes] = (None, b"")
 
@@ -77,9 +79,9 @@ class QuickProtocol(OfframpProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a connection, and stop the work for it."""
         self._body_came()
-        if self._exchange is not None:
-            self._exchange.visit.leave()
-            self._exchange = None
+        if self._visit is not None:
+            self._visit.leave()
+        self._exchange = self._visit = None
         if isinstance(self.cycle, _Exchange):
             self.cycle = None  # type: ignore[assignment]  # as uvicorn does before the first request
         super().connection_lost(exc)
@@ -97,7 +99,8 @@ class QuickProtocol(OfframpProtocol):
             super().on_headers_complete()
             return
         self._end_headers()
-        self._exchange = _Exchange(visit, keep_alive=self.parser.should_keep_alive())
+        self._visit = visit
+        self._exchange = _Exchange(keep_alive=self.parser.should_keep_alive())
         self.cycle = self._exchange  # type: ignore[assignment]  # it has what uvicorn asks of one
 
     def on_body(self, body: bytes) -> None:
@@ -109,15 +112,15 @@ class QuickProtocol(OfframpProtocol):
 
     def on_message_complete(self) -> None:
         """Answer a request whose body is whole."""
-        exchange = self._exchange
-        if exchange is None or not exchange.more_body:
+        exchange, visit = self._exchange, self._visit
+        if exchange is None or visit is None or not exchange.more_body:
             super().on_message_complete()
             return
         exchange.more_body = False
         self._body_came()
         chunks = exchange.chunks
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        if not exchange.visit.begin(body, exchange.arrival_s, partial(self._reply, exchange)):
+        if not visit.begin(body, exchange.arrival_s, partial(self._reply, exchange)):
             self._give_back(exchange)
             super().on_message_complete()
 
@@ -137,7 +140,7 @@ class QuickProtocol(OfframpProtocol):
 
     def _give_back(self, exchange: _Exchange) -> None:
         """Let the application answer, with as much of the body as is there."""
-        self._exchange = None
+        self._exchange = self._visit = None
         self.cycle = None  # type: ignore[assignment]  # as above
         self.scope["offramp.arrival_s"] = exchange.arrival_s  # type: ignore[typeddict-unknown-key]  # our own
         super().on_headers_complete()
@@ -159,7 +162,7 @@ class QuickProtocol(OfframpProtocol):
     def _reply(self, exchange: _Exchange, status: int, head: bytes, body: bytes) -> None:
         if exchange is not self._exchange:
             return
-        self._exchange = None
+        self._exchange = self._visit = None
         exchange.response_complete = True
         closing = b"" if exchange.keep_alive else b"connection: close\r\n"
         self.transport.write(b"".join((STATUS_LINE[status], self._default_lines(), head, closing, b"\r\n", body)))

@@ -1,6 +1,7 @@
 """Runs the application: binds the port, serves, and on SIGTERM or SIGINT drains before it stops."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -107,7 +108,18 @@ def run_server(app: FastAPI, settings: ServerSettings, engine: Engine, listener:
     names = ", ".join(sorted({served.name for served in engine.models})) or "no model yet"
     logger.info("Offramp serves %s at %s (docs: %s/docs, metrics: %s/metrics)", names, url, url, url)
     server = DrainingServer(uvicorn_config(app, settings), engine, settings.drain_timeout_s)
+    exempt_start_up()
     server.run(sockets=[listener])
+
+
+def exempt_start_up() -> None:
+    """Take what start-up has made out of the garbage collector's sight, for a process that goes on to serve.
+
+    Modules, schemas and the first models stay until it ends. A search through all of them stops every thread, which was
+    seen to take 70 ms.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def uvicorn_config(app: Starlette, settings: ServerSettings) -> uvicorn.Config:

@@ -135,7 +135,10 @@ class Submission:
         self.queue_s = max(self.queue_s, sample.queue_s)
         self.compute_s = max(self.compute_s, sample.compute_s)
         self.rows_left -= 1
-        return self.rows_left == 0
+        if self.rows_left:
+            return False
+        self.samples = []  # each knows its request: as a circle they would wait for the garbage collector
+        return True
 
     def result(self, now: float) -> Result:
         """Put the rows' answers together, once all are there."""

@@ -1,8 +1,10 @@
 """Requests that go the short way are answered as those that go the ordinary way, or go there after all."""
 
+import gc
 import gzip
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +15,7 @@ import orjson
 import pytest
 from offramp_server.api.open_inference import shortcut
 from offramp_server.messages import NoObserver, RequestDone, StageRun
+from offramp_server.submission import Sample, Submission
 
 PATH = "/v2/models/toy/infer"
 SURE, UNSURE = [0.0, 9.0, 0.0, 0.0], [0.01, 0.0, 0.0, 0.0]
@@ -294,3 +297,19 @@ def test_clients_of_every_kind_share_a_connection_with_the_ordinary_routes(toy: 
             assert client.get("/v2/models/toy").status_code == 200
             assert client.post("/v1/classify", json={"inputs": SURE}).status_code == 200
     assert begun == [True, True]
+
+
+def test_answered_requests_are_freed_without_the_garbage_collector(toy, begun):
+    gc.collect()
+    gc.disable()
+    try:
+        with toy.connect() as connection, connection.makefile("rb") as stream:
+            for _ in range(40):
+                connection.sendall(request_of(*body_of(SURE, UNSURE)))
+                assert receive(stream)[0] == 200
+            kinds = (shortcut.InferVisit, Submission, Sample)
+            left = Counter(kind.__name__ for thing in gc.get_objects() for kind in kinds if type(thing) is kind)
+    finally:
+        gc.enable()
+    assert begun == [True] * 40
+    assert all(number < 6 for number in left.values()), left  # the last requests' threads may not be done with them

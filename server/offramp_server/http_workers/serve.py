@@ -19,7 +19,7 @@ from offramp_server.http_workers.port import Port
 from offramp_server.http_workers.processes import Plan, Processes, first_of
 from offramp_server.metrics import Metrics
 from offramp_server.repository import Repository
-from offramp_server.serve import BACKLOG, bind, url_of
+from offramp_server.serve import BACKLOG, bind, exempt_start_up, url_of
 from offramp_server.settings import ServerSettings
 
 logger = logging.getLogger("offramp.server")
@@ -67,6 +67,7 @@ class _Front:
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, self._on_signal, sig, processes)
+        exempt_start_up()
         await processes.start()
         if not processes.has_failed.is_set():
             url = url_of(listeners[0])

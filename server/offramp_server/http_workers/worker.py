@@ -30,7 +30,7 @@ from offramp_server.http_workers.models import RemoteModel
 from offramp_server.http_workers.relay import Relay
 from offramp_server.http_workers.remote import RemoteEngine
 from offramp_server.middleware import RequestEnvelope
-from offramp_server.serve import uvicorn_config
+from offramp_server.serve import exempt_start_up, uvicorn_config
 from offramp_server.settings import ServerSettings
 
 logger = logging.getLogger("offramp.server")
@@ -139,6 +139,7 @@ class Worker:
         self._engine = RemoteEngine(self._channel, settings, self._memory)
         config = uvicorn_config(worker_app(settings, self._engine), settings)
         self._server = WorkerServer(config, self._channel)
+        exempt_start_up()
         self._welcome.set_result(welcome)
 
     def _end(self) -> None:
