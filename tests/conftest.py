@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from offramp_contract.calibration import CALIBRATION_FILE, Calibration, OperatingPoint
 from offramp_contract.manifest import Exit, File, ImagePreprocessing, Manifest, Provenance, Stage, Tensor
 from offramp_contract.policy_spec import ConfidenceSpec, PolicySpec
@@ -16,6 +17,10 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 FLOAT = TensorProto.FLOAT
 WORK_WIDTH = 256
+
+# A deadline, for a call or for drawing the examples, is a timing assertion, which a busy machine breaks.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,8 @@
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 SHA256 = "0" * 64
-
-# A deadline is a timing assertion, which a busy machine breaks.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from offramp_contract.manifest import Manifest
 from offramp_contract.statistics import decision_width, num_top
 from offramp_runtime import Device, StageExecutor, open_bundle
@@ -21,10 +20,6 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 FLOAT = TensorProto.FLOAT
 WIDTH, CLASSES = 6, 4
 node = helper.make_node
-
-# A deadline is a timing assertion, which a busy machine breaks.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
 
 
 @dataclass
