@@ -49,6 +49,14 @@ def test_a_signal_ends_the_server_with_status_0(toy_bundle: Path, sig: signal.Si
             assert process.wait(30) == 0
 
 
+def test_a_process_that_serves_does_not_search_its_start_up_for_garbage(toy_bundle: Path) -> None:
+    told = "import gc, uvicorn\nuvicorn.Server.run = lambda self, sockets: print('exempt:', gc.get_freeze_count())\n"
+    command = [sys.executable, "-c", told + SERVER, str(toy_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("exempt: "))
+    assert int(line.removeprefix("exempt: ")) > 10_000
+
+
 class Hold(NoObserver):
     """Holds the engine's thread after the first stage until the test lets it go on."""
 
