@@ -131,6 +131,8 @@ class Runners:
 
     def _wait_for_work(self, pause_s: float) -> bool:
         """Sleep until there is something to do, and first for so long if what waits may not start before."""
+        if not pause_s and self._has_work():  # as between two rounds of one batch: without the lock
+            return not self.is_stopping
         with self.wakeup:
             self._num_idle += 1
             if pause_s and self._loop.has_work and not (self._commands or self._chores or self.is_stopping):

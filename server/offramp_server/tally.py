@@ -46,7 +46,10 @@ class Tally:
     def count_dispatch(self, num_rows: int, seconds: float, *, is_first: bool) -> None:
         """Count one run of a stage, and whether it is the first that no row does without."""
         self.num_executions += is_first
-        self.dispatches.setdefault(num_rows, Timed()).add(seconds)
+        timed = self.dispatches.get(num_rows)
+        if timed is None:
+            timed = self.dispatches[num_rows] = Timed()
+        timed.add(seconds)
 
     def count_request(self, result: Result, outcome: Outcome) -> None:
         """Count one request that has got its answer."""

@@ -246,9 +246,10 @@ def test_rows_that_part_where_others_leave_hold_their_own_only(simulate, nets, o
     served = sim.add(nets["two"])
     leaving = sim.submit(served, gated_rows(NONE), options({"kind": "fixed", "exit": 0}, 2))
     staying = sim.submit(served, gated_rows(SECOND, SECOND, SECOND, NONE), options(num_exits=2))
+    (left,) = leaving.samples
     sim.loop.step()
     sim.loop.step()
-    assert leaving.samples[0].carries == {}
+    assert left.carries == {}
     carries = [sample.carries.get("h2") or sample.carries["h3"] for sample in staying.samples]
     assert [(len(tensor), place) for tensor, place in carries] == [(3, 0), (3, 1), (3, 2), (1, 0)]
 
