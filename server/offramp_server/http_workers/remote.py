@@ -3,12 +3,13 @@
 import asyncio
 import itertools
 import mmap
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
-from offramp_contract.errors import NotReady, OfframpError, Overloaded
+from offramp_contract.errors import NotReady, Overloaded
 
+from offramp_server.asking import Asking, Event
 from offramp_server.catalogue import Catalogue, Entry
 from offramp_server.http_workers.arena import Arena, Borrower, Span
 from offramp_server.http_workers.channel import Channel
@@ -31,14 +32,11 @@ from offramp_server.http_workers.messages import (
 )
 from offramp_server.http_workers.models import RemoteModel, remote_model
 from offramp_server.http_workers.writing import error_of, event_of, written_options
-from offramp_server.messages import Inputs, Progress, RequestOptions, Result
+from offramp_server.messages import Inputs, RequestOptions
 from offramp_server.settings import ServerSettings
 
 GONE: Final = "the engine's process has ended"
 RETRY_AFTER_S: Final = 1.0
-
-Event: TypeAlias = Progress | Result | OfframpError
-"""What a request gets: any number of `Progress`, and at last its `Result` or the error for which it was refused."""
 
 
 def _ignore(event: Event) -> None:
@@ -64,8 +62,8 @@ class RemoteSubmission:
     span: Span | None = None
 
 
-class RemoteEngine:
-    """Asks the engine in the other process, in the manner of `LoopBridge`. Used on the worker's event loop only.
+class RemoteEngine(Asking["RemoteEngine", RemoteModel, RemoteSubmission]):
+    """Asks the engine in the other process, and waits for it. Used on the worker's event loop only.
 
     Args:
         channel: To the engine's process.
@@ -101,7 +99,7 @@ class RemoteEngine:
         *,
         take: Callable[[Event], None],
     ) -> RemoteSubmission:
-        """Submit a request whose events are taken by a function, later; see `LoopBridge.ask`.
+        """Submit a request whose events are taken by a function, later; see `Asking.ask`.
 
         The engine's refusals are events here, since they come over the channel.
 
@@ -128,7 +126,7 @@ class RemoteEngine:
         return submission
 
     def forget(self, submission: RemoteSubmission) -> None:
-        """Take no more events of a submission; one that has no result yet is cancelled."""
+        """Take no more events of a submission; see `Asking.forget`."""
         if submission.number not in self._pending:
             return
         submission.take = _ignore
@@ -136,53 +134,6 @@ class RemoteEngine:
             self._settle(submission.number, NotReady(GONE))
         else:
             self._send(Cancel(submission.number))
-
-    async def answer(
-        self,
-        engine: "RemoteEngine",
-        served: RemoteModel,
-        inputs: Inputs,
-        options: RequestOptions,
-        arrival_s: float | None = None,
-    ) -> Result:
-        """Submit a request and wait for its result; see `Engine.submit` for what it raises."""
-        answered: asyncio.Future[Result] = self._loop.create_future()
-
-        def take(event: Event) -> None:
-            if answered.done():
-                return
-            if isinstance(event, OfframpError):
-                answered.set_exception(event)
-            elif isinstance(event, Result):
-                answered.set_result(event)
-
-        submission = self.ask(engine, served, inputs, options, arrival_s, take=take)
-        try:
-            return await answered
-        finally:
-            self.forget(submission)
-
-    async def stream(
-        self,
-        engine: "RemoteEngine",
-        served: RemoteModel,
-        inputs: Inputs,
-        options: RequestOptions,
-        arrival_s: float | None = None,
-    ) -> AsyncIterator[Progress | Result]:
-        """Submit a request and give its progress as it comes, then its result; see `Engine.submit`."""
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        submission = self.ask(engine, served, inputs, options, arrival_s, take=events.put_nowait)
-        try:
-            while True:
-                event = await events.get()
-                if isinstance(event, OfframpError):
-                    raise event
-                yield event
-                if isinstance(event, Result):
-                    return
-        finally:
-            self.forget(submission)
 
     async def relay(self, ask: Callable[[int], Relayed]) -> RelayAnswer:
         """Let the engine's process answer an HTTP request, which is given the number that both sides call it.
