@@ -136,7 +136,7 @@ class DeviceLoop:
 
     def finish(self, dispatch: Dispatch[Sample], ran: Ran | float) -> None:
         """End a round: answer the rows that leave, queue those that go on, and take note of what it cost."""
-        samples, key = dispatch.samples, dispatch.key
+        samples, key, others_wait = dispatch.samples, dispatch.key, self.has_work
         served = samples[0].submission.served
         if key.model not in self._models:  # it was removed while the stage ran
             self._outbox.settle(samples, NotReady(f"model {served.name!r} was unloaded"))
@@ -144,6 +144,7 @@ class DeviceLoop:
             waited = _book(samples, key.stage, ran)
             self._boundary.cross(served, key.stage, samples, ran)
             seconds = self._clock() - ran.started_s
+            served.profile.observe_round(key.stage, len(samples), seconds, others_wait=others_wait)
             self._note(served, dispatch, waited, seconds)
             self._scheduler.finish(dispatch, seconds)
         else:
@@ -179,8 +180,6 @@ class DeviceLoop:
         """Take note of a dispatch."""
         key, stage, num_rows = dispatch.key, dispatch.key.stage, len(waited)
         served.profile.stages[stage].observe(num_rows, seconds)
-        if self.has_work:
-            served.profile.observe_busy_round(stage, num_rows, seconds)
         served.tally.count_dispatch(num_rows, seconds, is_first=stage == served.profile.trunk_from(0))
         name = served.manifest.stages[stage].name
         self._observer.stage_ran(StageRun(served.name, served.version, name, key.variant, seconds, waited))

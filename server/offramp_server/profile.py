@@ -7,6 +7,9 @@ from offramp_server.stage_profile import StageProfile
 
 ROW_GAIN = 1 / 64
 ROUND_GAIN = 1 / 64
+DISPATCHES_AHEAD = 4
+"""Of others, which a row may meet at each stage on its way while the device has more to do than it can. Simulated with
+a gated network at twice its capacity, reckoning with one kept 70 % of the promises, with two 87 %, with four 99 %."""
 CHANGES_PER_STAGE = 8
 """What lies before an exit is summed up anew when one in so many of its stages has changed."""
 
@@ -44,7 +47,11 @@ class Profile:
             StageProfile(max_batch, batch_sizes, partial(self._note_change, last)) for last in self._next_exit_stage
         ]
         self._open_rates = dict.fromkeys(gated_stages, 1.0)
-        self._busy_s = self._at_knee_s = 0.0
+        self._busy_s = self._at_knee_s = self._crowded_s = 0.0
+        self._num_hops = [
+            sum(stage <= other <= last and (other == stage or other in trunk) for other in range(num_stages))
+            for stage, last in enumerate(self._next_exit_stage)
+        ]
         self._trunk_before = [max((t for t in trunk if t < stage), default=-1) for stage in range(num_stages)]
 
     def bound_s(self, stage: int, batch: int) -> float:
@@ -63,6 +70,15 @@ class Profile:
         if behind_s is None:
             behind_s = self._behind_s[last][batch] = self._sum_behind(last, batch)
         return own_s + behind_s[stage]
+
+    def crowded_to_next_answer_s(self, stage: int, batch: int) -> float:
+        """Expect the same of a row among others, whose dispatches come before each stage on its way.
+
+        By this a row decides whether it has the time for a stage that it can do without. Rows that went into bodies
+        until they had just the time left that the trunk takes alone would all be late together.
+        """
+        ahead_s = DISPATCHES_AHEAD * self._num_hops[stage] * self._crowded_s
+        return self.to_next_answer_s(stage, batch) + ahead_s
 
     def _sum_behind(self, last: int, batch: int) -> dict[int, float]:
         """For each stage before an exit, the seconds of the trunk behind it up to there."""
@@ -128,8 +144,10 @@ class Profile:
         """
         return max(self._busy_s / self._at_knee_s, 1.0) if self._at_knee_s else 1.0
 
-    def observe_busy_round(self, stage: int, num_rows: int, seconds: float) -> None:
-        """Take into account what a dispatch took, all told, while more rows waited."""
-        at_knee_s = num_rows / self.stages[stage].rate(self.knee(stage))
-        self._busy_s += ROUND_GAIN * (seconds - self._busy_s)
-        self._at_knee_s += ROUND_GAIN * (at_knee_s - self._at_knee_s)
+    def observe_round(self, stage: int, num_rows: int, seconds: float, *, others_wait: bool) -> None:
+        """Take into account what a dispatch took, all told, and whether rows waited meanwhile."""
+        self._crowded_s += ROUND_GAIN * ((seconds if others_wait else 0.0) - self._crowded_s)
+        if others_wait:
+            at_knee_s = num_rows / self.stages[stage].rate(self.knee(stage))
+            self._busy_s += ROUND_GAIN * (seconds - self._busy_s)
+            self._at_knee_s += ROUND_GAIN * (at_knee_s - self._at_knee_s)

@@ -27,6 +27,7 @@ from offramp_contract.errors import Cancelled, DeadlineExceeded, NotFinite, Stag
 from offramp_contract.gates import OPEN, SHUT
 from offramp_contract.policy import Reason
 from offramp_contract.policy_spec import FixedSpec
+from offramp_server import profile
 from offramp_server.admission import Admission
 from offramp_server.engine_settings import EngineSettings
 from offramp_server.messages import RowAnswer
@@ -429,6 +430,59 @@ def test_a_body_half_run_is_left_where_its_rest_has_no_time(simulate, nets, to_t
     assert row.gate_decisions == ("forced", "forced")
     shut = net.run(gated_rows(BOTH), np.array([SHUT, SHUT]))
     assert row.answer.logits_C.tolist() == shut.exits[-1][0][0].tolist()
+
+
+LONG = (
+    Block(("x",), "t0", scores=(0,)),
+    Block(("t0",), "b0", gates=(0,), skip="t0", flops=1000),
+    Block(("b0",), "t1"),
+    Block(("t1",), "t2", scores=(1,)),
+    Block(("t2",), "b1", gates=(1,), skip="t2", flops=1000),
+    Block(("b1",), "t3"),
+    Block(("t3",), "t4", scores=(2,)),
+    Block(("t4",), "b2", gates=(2,), skip="t4", flops=1000),
+    Block(("b2",), "t5"),
+    Block(("t5",), "t6"),
+    Block(("t6",), "t7", has_exit=True),
+)
+"""A trunk of eight stages with one exit, at its end, and all that can be left out in three bodies."""
+
+
+def pace_of(net):
+    """Seconds of a stage: some for the dispatch, then for each row by its FLOPs; 37 ms for a full path alone."""
+    flops = [stage.flops for stage in net.bundle.manifest.stages]
+    return lambda stage, rows: 1e-3 + 1e-5 * flops[stage] * rows * 0.7
+
+
+def attainment(sim, net, options, load, budget_s):
+    """Serve rows that come evenly, with every gate open, at a multiple of what full paths in batches of eight allow."""
+    pace = pace_of(net)
+    served = sim.add(net, pace)
+    full_s = sum(pace(stage, 8) for stage in range(len(served.manifest.stages))) / 8
+    due = [sim.clock.now + number * full_s / load for number in range(400)]
+    submissions, coming = [], iter([*due, math.inf])
+    following = next(coming)
+    while following < math.inf or sim.loop.has_work:
+        if not sim.loop.has_work:
+            sim.clock.now = max(sim.clock.now, following)
+        while following <= sim.clock.now:
+            submissions.append((following, sim.submit(served, gated_rows((0.9, 0.9, 0.9)), options, budget_s)))
+            following = next(coming)
+        sim.loop.step()
+    assert all(len(sim.inbox.result(submission).rows) == 1 for _, submission in submissions)
+    late = [sim.inbox.result(one).total_s > budget_s for _, one in submissions]
+    return 1 - sum(late) / len(late)
+
+
+def test_under_overload_bodies_are_given_up_early_enough_for_the_trunk(simulate, make_gated, to_the_end, monkeypatch):
+    net = make_gated(LONG)
+
+    def attained(load):
+        return attainment(simulate(max_batch=8), net, to_the_end(net), load, budget_s=0.4)
+
+    assert attained(1.5) > 0.95
+    monkeypatch.setattr(profile, "DISPATCHES_AHEAD", 0)
+    assert attained(1.5) < 0.75
 
 
 def test_one_rows_deadline_does_not_shut_anothers_gate(simulate, nets, to_the_end):

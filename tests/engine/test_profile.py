@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from offramp_server.profile import Profile
+from offramp_server.profile import DISPATCHES_AHEAD, Profile
 from offramp_server.stage_profile import OUTLIER, StageProfile
 
 SIZES = (1, 2, 4, 8, 16)
@@ -252,9 +252,29 @@ def test_a_backlog_in_small_batches_strains_and_one_at_the_knee_does_not(scripte
     assert profile.strain == 1.0
     knee = profile.knee(0)
     for _ in range(200):
-        profile.observe_busy_round(0, knee, profile.stages[0].mean_s(knee))
+        profile.observe_round(0, knee, profile.stages[0].mean_s(knee), others_wait=True)
     assert profile.strain == pytest.approx(1.0)
     for _ in range(400):
-        profile.observe_busy_round(0, 1, profile.stages[0].mean_s(1) + 1e-3)
+        profile.observe_round(0, 1, profile.stages[0].mean_s(1) + 1e-3, others_wait=True)
     expected = (profile.stages[0].mean_s(1) + 1e-3) * profile.stages[0].rate(knee)
     assert profile.strain == pytest.approx(expected, rel=0.02)
+
+
+HOPS = (2, 2, 2, 1, 3, 2, 1)
+"""Stages that a row at each stage of `gated_profile` runs up to its next exit at least."""
+
+
+def test_a_row_keeps_time_for_others_at_every_stage_of_its_way_once_others_have_waited():
+    profile = gated_profile()
+    stages = range(len(profile.stages))
+    alone = [profile.to_next_answer_s(stage, 2) for stage in stages]
+    for _ in range(1000):
+        profile.observe_round(0, 1, 0.5, others_wait=False)
+    assert [profile.crowded_to_next_answer_s(stage, 2) for stage in stages] == alone
+    for _ in range(1000):
+        profile.observe_round(0, 4, 0.5, others_wait=True)
+    kept = [profile.crowded_to_next_answer_s(stage, 2) - alone_s for stage, alone_s in zip(stages, alone, strict=True)]
+    assert kept == pytest.approx([DISPATCHES_AHEAD * 0.5 * hops for hops in HOPS], rel=1e-3)
+    for _ in range(1000):
+        profile.observe_round(0, 1, 0.5, others_wait=False)
+    assert [profile.crowded_to_next_answer_s(stage, 2) for stage in stages] == pytest.approx(alone, rel=1e-3)

@@ -77,7 +77,7 @@ def test_rows_cost_more_where_a_backlog_was_seen_to_be_worked_off_more_slowly(sc
     profile = scripted(lambda stage, rows: 1e-3 * (stage + 1) * rows)
     manifest = SimpleNamespace(exits=[SimpleNamespace(stage=stage) for stage in range(3)], gates=())
     for _ in range(10):
-        profile.observe_busy_round(0, 1, 2 / profile.stages[0].rate(profile.knee(0)))
+        profile.observe_round(0, 1, 2 / profile.stages[0].rate(profile.knee(0)), others_wait=True)
     costs = RowCosts(manifest, profile, ())
     assert costs.asked_s(None) == pytest.approx(12e-3)
     assert costs.of(None).first_s == pytest.approx(2e-3)
