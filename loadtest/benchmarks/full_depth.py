@@ -1,0 +1,150 @@
+"""How near does a server come to ONNX Runtime alone, at full depth? Over HTTP against a bare loop.
+
+    python loadtest/benchmarks/full_depth.py
+
+Exports a convolutional network with random weights twice, as one graph and in four stages, and serves both with
+`offramp serve`. Clients that always find work waiting ask for full depth over `/v2` with binary tensors, 1, 8 and 32 of
+them; the one graph also runs in a loop in this process, at the batch size at which it does most rows per second.
+Nothing serves faster than that loop. All take turns, so that a noisy minute of the machine falls on all. Prints the
+medians of the turns and of their ratios to the loop. Client and server share the machine. Nothing is asserted.
+"""
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import onnxruntime
+import typer
+from latency_budget import NUM_EXITS, build_network
+from offramp_cli.server_process import server_process
+from offramp_loadtest import measure_capacity, payloads_of_arrays, scenario_of
+from offramp_runtime import Bundle, StageExecutor, open_bundle, open_device
+from rich.console import Console
+from rich.table import Table
+
+IMAGE_SIZE = 32
+BATCHES = (1, 2, 4, 8, 16, 32)
+CLIENTS = (1, 8, 32)
+
+console = Console(width=140)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A network to measure.
+
+    Attributes:
+        name: What the table calls it.
+        channels: Of every convolution.
+        convolutions: In each of four stages.
+    """
+
+    name: str
+    channels: int
+    convolutions: int
+
+
+SIZES = (Size("small", 16, 1), Size("large", 64, 4))
+
+
+class BareLoop:
+    """The one graph in a tight loop."""
+
+    def __init__(self, bundle: Bundle, threads: int, images: np.ndarray) -> None:
+        self._device = open_device("cpu", threads)
+        self._executor = StageExecutor(bundle, self._device)
+        self._name = bundle.manifest.inputs[0].name
+        self._images = images
+
+    def rows_per_s(self, batch: int, seconds: float) -> float:
+        """Run it for so long."""
+        carries = {self._name: self._device.upload(self._images[:batch])}
+        self._executor.run(0, carries)
+        started = now = time.perf_counter()
+        num_runs = 0
+        while now < started + seconds:
+            self._executor.run(0, carries)
+            num_runs += 1
+            now = time.perf_counter()
+        return num_runs * batch / (now - started)
+
+
+def export_both(size: Size, folder: Path) -> tuple[Path, Path]:
+    """Export a network as one graph and in four stages."""
+    from offramp_exporter import export
+
+    network, example = build_network(size.channels, IMAGE_SIZE, size.convolutions)
+    export(network.eval(), example, folder / "graph", name="graph", exits=[f"out[{NUM_EXITS - 1}]"])
+    export(network.eval(), example, folder / "stages", name="stages")
+    return folder / "graph", folder / "stages"
+
+
+def asking(url: str, bundle: Path, images: np.ndarray, clients: int) -> Callable[[float], float]:
+    """Give what lets so many clients ask for a number of seconds, and gives the rows answered per second."""
+    manifest = open_bundle(bundle).manifest
+    scenario = scenario_of({"model": manifest.name, "api": "v2", "phases": ({"seconds": 1, "rate": 1},)})
+    fields = {"policy": {"kind": "fixed", "exit": len(manifest.exits) - 1}}
+    payloads = payloads_of_arrays(images)
+
+    def ask(seconds: float) -> float:
+        return measure_capacity(url, scenario, payloads, fields=fields, seconds=seconds, clients=clients)
+
+    return ask
+
+
+def measure(size: Size, threads: int, rounds: int, seconds: float) -> list[list[str]]:
+    """Run the turns; gives rows of the table."""
+    images = np.random.default_rng(0).normal(size=(max(BATCHES), 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        graph, stages = export_both(size, folder)
+        flags = ("--device", "cpu", "--threads", str(threads))
+        urls = [
+            stack.enter_context(server_process(bundle, folder / f"{bundle.name}.log", flags))
+            for bundle in (graph, stages)
+        ]
+        loop = BareLoop(open_bundle(graph), threads, images)
+        best = max(BATCHES, key=lambda batch: loop.rows_per_s(batch, seconds / 2))
+        ways = {f"a loop, {best} rows a run": lambda seconds: loop.rows_per_s(best, seconds)}
+        ways |= {f"one graph, {number} clients": asking(urls[0], graph, images, number) for number in CLIENTS}
+        ways |= {f"four stages, {number} clients": asking(urls[1], stages, images, number) for number in CLIENTS}
+        turns = [[way(seconds) for way in ways.values()] for _ in range(rounds)]
+    return [
+        [size.name if not place else "", name, *_told([turn[place] for turn in turns], [turn[0] for turn in turns])]
+        for place, name in enumerate(ways)
+    ]
+
+
+def _told(rates: Sequence[float], loop: Sequence[float]) -> tuple[str, str]:
+    ratios = [rate / of for rate, of in zip(rates, loop, strict=True)]
+    return f"{np.median(rates):.0f}", f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def main(
+    *,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 7,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of a turn.")] = 2.0,
+    threads: Annotated[int, typer.Option(min=1, help="Threads behind a dispatch.")] = os.cpu_count() or 1,
+) -> None:
+    """Measure, and print a table."""
+    table = Table("network", "full depth", "rows/s", "over the loop", box=None, pad_edge=False)
+    for size in SIZES:
+        for row in measure(size, threads, rounds, seconds):
+            table.add_row(*row)
+    console.print(table)
+    console.print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {threads} thread(s), load {os.getloadavg()[0]:.1f}; Python "
+        f"{platform.python_version()}, ONNX Runtime {onnxruntime.__version__}; {rounds} turns of {seconds:g} s",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
