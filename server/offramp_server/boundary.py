@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 LEAST_SHARE_KEPT: Final = 0.25
-"""Rows that are fewer of their batch do not hold on to its tensors: what waits holds at most four times its own."""
+"""Rows that part as fewer of their batch get copies of their own; those that keep it hold all of it until the last of
+them has run."""
 
 
 @dataclass(frozen=True, slots=True)
