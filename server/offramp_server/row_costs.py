@@ -3,6 +3,10 @@
 Costs are reckoned at each stage's knee, the batch that rows meet when many wait, and at what backlogs have really taken
 beside that: what rows took alone on an idle device says nothing about a backlog. Shares of the full path are learnt, so
 that a device that slows down is believed at once in every gear.
+
+With gates, what comes before the first exit is reckoned as it is asked for. It could do with the trunk alone, but what
+a row says whose gates were all shut by force is as good as nothing: better that some are refused than that all are so
+answered.
 """
 
 from collections.abc import Sequence
@@ -25,7 +29,7 @@ class RowCost(NamedTuple):
     Attributes:
         asked_s: On average, if no deadline cuts it short.
         taken_s: As rows have lately taken on average, those that a deadline cut short included.
-        first_s: Up to the first exit, every gate shut.
+        first_s: Up to the first exit; on average as asked for, where gates decide how much that is.
     """
 
     asked_s: float
@@ -40,8 +44,8 @@ class _Share:
     asked: float
     taken: float
 
-    def cost(self, full_s: float, first_s: float) -> RowCost:
-        return RowCost(self.asked * full_s, self.taken * full_s, first_s)
+    def cost(self, full_s: float, first_s: float, *, is_gated: bool) -> RowCost:
+        return RowCost(self.asked * full_s, self.taken * full_s, self.asked * first_s if is_gated else first_s)
 
 
 class RowCosts:
@@ -94,7 +98,7 @@ class RowCosts:
         share = self._shares[gear]
         share.taken += ROW_GAIN * (taken - share.taken)
         share.asked += ROW_GAIN * ((1.0 if is_forced else taken) - share.asked)
-        self._costs[gear] = share.cost(self._full_s, self._first_s)
+        self._costs[gear] = self._cost(share)
 
     def _refresh(self) -> None:
         """Look at the profile again; for the first time, expect of each gear what calibration does."""
@@ -103,7 +107,7 @@ class RowCosts:
             row_s = stage.mean_s(stage.knee) / stage.knee
             total_s += row_s
             done_s.append(total_s)
-            if index <= first_answer and not self._profile.is_gated(index):
+            if index <= first_answer:
                 first_s += row_s
         strain = self._profile.strain
         self._full_s, self._first_s = strain * total_s, strain * first_s
@@ -111,7 +115,10 @@ class RowCosts:
         if not self._shares:
             expected = [(gear, self._expected(step)) for gear, step in enumerate(self._ladder)]
             self._shares = {gear: _Share(share, share) for gear, share in [(None, 1.0), *expected]}
-        self._costs = {gear: share.cost(self._full_s, self._first_s) for gear, share in self._shares.items()}
+        self._costs = {gear: self._cost(share) for gear, share in self._shares.items()}
+
+    def _cost(self, share: _Share) -> RowCost:
+        return share.cost(self._full_s, self._first_s, is_gated=self._is_gated)
 
     def _expected(self, gear: Gear) -> float:
         if gear.point is None:

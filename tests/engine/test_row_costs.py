@@ -73,6 +73,16 @@ def test_rows_that_skip_stages_cost_the_share_that_they_run(scripted):
     assert costs.asked_s(0) == pytest.approx(0.5 * 6e-3, rel=0.01)
 
 
+def test_with_gates_a_first_answer_costs_what_is_asked_for_and_not_what_the_trunk_alone_would(scripted):
+    manifest = SimpleNamespace(exits=[SimpleNamespace(stage=1), SimpleNamespace(stage=2)], gates=("gate",))
+    profile = scripted(lambda stage, rows: 2e-3 * rows, exit_stages=[1, 2])
+    costs = RowCosts(manifest, profile, (gear(POINT.policy, POINT),))
+    assert costs.of(0).first_s == pytest.approx(0.25 * 4e-3)
+    for _ in range(int(8 / ROW_GAIN)):
+        costs.observe(0, 0, 0.1, is_forced=True)
+    assert costs.of(0).first_s == pytest.approx(4e-3, rel=0.01), "whoever was cut short asked for everything"
+
+
 def test_rows_cost_more_where_a_backlog_was_seen_to_be_worked_off_more_slowly(scripted):
     profile = scripted(lambda stage, rows: 1e-3 * (stage + 1) * rows)
     manifest = SimpleNamespace(exits=[SimpleNamespace(stage=stage) for stage in range(3)], gates=())
