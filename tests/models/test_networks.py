@@ -5,6 +5,7 @@ import pytest
 import torch
 from offramp_models.exits import EXITS
 from offramp_models.networks import NETWORKS, MSDNet, MultiExitCNN, NetworkPlan, ResNet, create_network, plan_network
+from offramp_models.networks.residual import Projection
 from torch import nn
 
 CIFAR, GREY = ((3, 32, 32), 100), ((1, 28, 28), 10)
@@ -249,3 +250,11 @@ def test_a_record_that_no_training_wrote_is_refused_by_its_field(changes, senten
 def test_an_msdnet_that_cannot_be_is_refused(knobs, sentence):
     with pytest.raises(ValueError, match=sentence):
         create_network("msdnet", knobs=knobs)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_a_projection_learns_from_what_it_serves(stride):
+    project = Projection(4, 6, stride)
+    x_BDHW = torch.randn(5, 4, 8, 7)
+    served = project.eval()(x_BDHW)
+    torch.testing.assert_close(project.train()(x_BDHW), served)
