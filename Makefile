@@ -21,10 +21,10 @@ SYSTEM_TOOLS := prometheus promtool docker-compose curl chromium
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo serve test test-system test-slow lint format dashboards clean
-.PHONY: bench bench-budgets bench-stages bench-memory bench-goodput bench-soak
+.PHONY: bench bench-budgets bench-stages bench-full-depth bench-memory bench-goodput bench-soak
 
 help: ## show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(CAN_RUN) ## train, export, serve and measure real handwritten digits; ends by itself
 	@$(BIN)/offramp demo $(ARGS)
@@ -65,7 +65,7 @@ ON_DATA = $(BUNDLE) --data $(DATA) $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(AR
 HAS_DATA = @test -n '$(BUNDLE)' -a -n '$(DATA)' || { \
     echo "name a calibrated bundle and its test data: make $@ BUNDLE=bundles/msdnet-cifar100 DATA=cifar100" >&2; exit 1; }
 
-bench: bench-budgets bench-stages bench-memory bench-goodput bench-soak ## measure all of the below; BUNDLE=… DATA=… (DATA_DIR=…)
+bench: bench-budgets bench-stages bench-full-depth bench-memory bench-goodput bench-soak ## measure all of the below; BUNDLE=… DATA=… (DATA_DIR=…)
 
 bench-budgets: $(CAN_RUN) ## measure how well latency budgets are kept on an idle server, 3 minutes
 	@$(BIN)/python loadtest/benchmarks/latency_budget.py
@@ -75,6 +75,9 @@ bench-stages: $(CAN_RUN) ## measure stages against one graph, and the engine's t
 
 bench-memory: $(CAN_RUN) ## measure the memory of 10,000 rows in flight, and that it is freed, 2 minutes
 	@$(BIN)/python server/benchmarks/inflight_memory.py
+
+bench-full-depth: $(CAN_RUN) ## measure full depth over HTTP against a bare loop, 4 minutes
+	@$(BIN)/python loadtest/benchmarks/full_depth.py
 
 bench-goodput: $(CAN_RUN) ## measure correct goodput against load, 15 minutes; BUNDLE=… DATA=…
 	$(HAS_DATA)

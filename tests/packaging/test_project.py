@@ -30,6 +30,7 @@ TARGETS = (
     "bench",
     "bench-budgets",
     "bench-stages",
+    "bench-full-depth",
     "bench-memory",
     "bench-goodput",
     "bench-soak",
