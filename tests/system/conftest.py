@@ -40,9 +40,9 @@ class Prometheus:
 
     client: httpx.Client
 
-    def query(self, expr: str) -> list[dict[str, Any]]:
-        """Evaluate now; gives Prometheus' own list of series, each with one value."""
-        return self._result("query", query=expr)
+    def query(self, expr: str, time_s: float | None = None) -> list[dict[str, Any]]:
+        """Evaluate now, or at a Unix time; gives Prometheus' own list of series, each with one value."""
+        return self._result("query", query=expr, **({} if time_s is None else {"time": time_s}))
 
     def query_range(self, expr: str, start: float, end: float) -> list[dict[str, Any]]:
         """Evaluate once a second over a span of Unix time."""
