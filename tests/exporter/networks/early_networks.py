@@ -40,6 +40,8 @@ class Trunk(nn.Module):
 
 def entropy(logits: Tensor) -> Tensor:
     p = F.softmax(logits, dim=1)
+    # Some processors' softmax gives denormals where others' gives 0, of which the logarithm makes NaN.
+    p = p * (p >= torch.finfo(torch.float32).tiny)
     return -(p * torch.log(p)).sum()
 
 
