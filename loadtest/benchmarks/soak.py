@@ -16,10 +16,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
 from goodput_configurations import EARLY_EXIT, configurations_of, decide, full_depth_fields
 from offramp_cli.figure import machine
@@ -55,13 +57,17 @@ class MemoryWatch(threading.Thread):
         """Take a sample a second: seconds since the start, and bytes."""
         started = time.monotonic()
         while not self._stopped.wait(SAMPLE_EVERY_S):
-            resident = Scraped.of(self._url).total("process_resident_memory_bytes")
-            self.samples.append((time.monotonic() - started, resident))
+            with suppress(httpx.HTTPError):  # a busy machine may be late with one of many
+                self.samples.append((time.monotonic() - started, self._resident_bytes()))
+        self.samples.append((time.monotonic() - started, self._resident_bytes()))
 
     def stop(self) -> None:
-        """Take no more samples."""
+        """Take one more sample, the last."""
         self._stopped.set()
         self.join()
+
+    def _resident_bytes(self) -> float:
+        return Scraped.of(self._url).total("process_resident_memory_bytes")
 
 
 def soak(url: str, scenario: Scenario, payloads: list[Payload], seconds: float) -> tuple[Counted, Memory]:
