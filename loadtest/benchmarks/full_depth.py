@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -32,26 +31,10 @@ from rich.table import Table
 IMAGE_SIZE = 32
 BATCHES = (1, 2, 4, 8, 16, 32)
 CLIENTS = (1, 8, 32)
+SIZES = {"small": (16, 1), "large": (64, 4)}
+"""Channels of every convolution of a network, and convolutions in each of its four stages."""
 
 console = Console(width=140)
-
-
-@dataclass(frozen=True)
-class Size:
-    """A network to measure.
-
-    Attributes:
-        name: What the table calls it.
-        channels: Of every convolution.
-        convolutions: In each of four stages.
-    """
-
-    name: str
-    channels: int
-    convolutions: int
-
-
-SIZES = (Size("small", 16, 1), Size("large", 64, 4))
 
 
 class BareLoop:
@@ -76,11 +59,11 @@ class BareLoop:
         return num_runs * batch / (now - started)
 
 
-def export_both(size: Size, folder: Path) -> tuple[Path, Path]:
+def export_both(channels: int, convolutions: int, folder: Path) -> tuple[Path, Path]:
     """Export a network as one graph and in four stages."""
     from offramp_exporter import export
 
-    network, example = build_network(size.channels, IMAGE_SIZE, size.convolutions)
+    network, example = build_network(channels, IMAGE_SIZE, convolutions)
     export(network.eval(), example, folder / "graph", name="graph", exits=[f"out[{NUM_EXITS - 1}]"])
     export(network.eval(), example, folder / "stages", name="stages")
     return folder / "graph", folder / "stages"
@@ -99,12 +82,12 @@ def asking(url: str, bundle: Path, images: np.ndarray, clients: int) -> Callable
     return ask
 
 
-def measure(size: Size, threads: int, rounds: int, seconds: float) -> list[list[str]]:
+def measure(size: str, threads: int, rounds: int, seconds: float) -> list[list[str]]:
     """Run the turns; gives rows of the table."""
     images = np.random.default_rng(0).normal(size=(max(BATCHES), 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        graph, stages = export_both(size, folder)
+        graph, stages = export_both(*SIZES[size], folder)
         flags = ("--device", "cpu", "--threads", str(threads))
         urls = [
             stack.enter_context(server_process(bundle, folder / f"{bundle.name}.log", flags))
@@ -117,7 +100,7 @@ def measure(size: Size, threads: int, rounds: int, seconds: float) -> list[list[
         ways |= {f"four stages, {number} clients": asking(urls[1], stages, images, number) for number in CLIENTS}
         turns = [[way(seconds) for way in ways.values()] for _ in range(rounds)]
     return [
-        [size.name if not place else "", name, *_told([turn[place] for turn in turns], [turn[0] for turn in turns])]
+        [size if not place else "", name, *_told([turn[place] for turn in turns], [turn[0] for turn in turns])]
         for place, name in enumerate(ways)
     ]
 

@@ -51,23 +51,24 @@ class MemoryWatch(threading.Thread):
         super().__init__(name="memory", daemon=True)
         self._url = url
         self._stopped = threading.Event()
+        self._started_s = time.monotonic()
         self.samples: list[tuple[float, float]] = []
 
     def run(self) -> None:
         """Take a sample a second: seconds since the start, and bytes."""
-        started = time.monotonic()
         while not self._stopped.wait(SAMPLE_EVERY_S):
             with suppress(httpx.HTTPError):  # a busy machine may be late with one of many
-                self.samples.append((time.monotonic() - started, self._resident_bytes()))
-        self.samples.append((time.monotonic() - started, self._resident_bytes()))
+                self._look()
 
     def stop(self) -> None:
-        """Take one more sample, the last."""
+        """Take one more sample, the last: what is said of memory holds to the end."""
         self._stopped.set()
         self.join()
+        self._look()
 
-    def _resident_bytes(self) -> float:
-        return Scraped.of(self._url).total("process_resident_memory_bytes")
+    def _look(self) -> None:
+        resident_bytes = Scraped.of(self._url).total("process_resident_memory_bytes")
+        self.samples.append((time.monotonic() - self._started_s, resident_bytes))
 
 
 def soak(url: str, scenario: Scenario, payloads: list[Payload], seconds: float) -> tuple[Counted, Memory]:

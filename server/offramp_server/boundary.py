@@ -184,19 +184,9 @@ class Boundary:
         """
         if not self._scheduler.rules.forced_exits:
             return -math.inf
-        batch = self._likely_batch(served, following, num_rows)
-        return self._clock() + served.profile.to_next_answer_s(following, batch) + self._margin_s
-
-    def _crowded_by_s(self, served: ServedModel, following: int, num_rows: int) -> float:
-        """Predict the same for rows that run a gated stage next, all that others may put before them included."""
-        if not self._scheduler.rules.forced_exits:
-            return -math.inf
-        batch = self._likely_batch(served, following, num_rows)
-        return self._clock() + served.profile.crowded_to_next_answer_s(following, batch) + self._margin_s
-
-    def _likely_batch(self, served: ServedModel, following: int, num_rows: int) -> int:
         waiting = num_rows + self._scheduler.num_waiting(served.queue_keys[following])
-        return min(waiting, served.profile.knee(following), served.max_batch)
+        likely_batch = min(waiting, served.profile.knee(following), served.max_batch)
+        return self._clock() + served.profile.to_next_answer_s(following, likely_batch) + self._margin_s
 
     def _part(
         self, served: ServedModel, stage: int, samples: Sequence[Sample], places: Sequence[int]
@@ -207,7 +197,7 @@ class Boundary:
         if not served.gating.is_gated_S[stage + 1]:
             return {stage + 1: places}
         rows = [samples[i] for i in places]
-        parts = part(served.gating, stage, rows, partial(self._crowded_by_s, served))
+        parts = part(served.gating, stage, rows, partial(self._reachable_by_s, served))
         for following, members in parts.items():
             num_free = sum(not rows[i].gates.is_hurried for i in members)
             served.profile.observe_gates(served.gating.hop(stage, following).skipped, following, num_free)

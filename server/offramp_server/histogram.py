@@ -1,6 +1,6 @@
 """Histograms for Prometheus whose values are counted many at a time: observing one is putting it on a list.
 
-The client library counts each value when it comes, with two locks and half a dozen calls. An answer is observed seven
+The client library counts each value when it comes, with two locks and half a dozen calls. An answer is observed four
 times, and a dispatch three times more, on the threads that people wait for. Here the values of a series lie in a list
 until it is read, or until there are `FOLD_AT` of them, and are sorted into their buckets together.
 """

@@ -8,8 +8,8 @@ from offramp_server.stage_profile import StageProfile
 ROW_GAIN = 1 / 64
 ROUND_GAIN = 1 / 64
 DISPATCHES_AHEAD = 4
-"""Of others, which a row may meet at each stage on its way while the device has more to do than it can. Simulated with
-a gated network at twice its capacity, reckoning with one kept 70 % of the promises, with two 87 %, with four 99 %."""
+"""Of others, which a row may meet at each stage on its way while the device has more to do than it can. With fewer,
+rows keep too little time and many are late; with more, gates are shut that there was time for."""
 CHANGES_PER_STAGE = 8
 """What lies before an exit is summed up anew when one in so many of its stages has changed."""
 
@@ -48,10 +48,7 @@ class Profile:
         ]
         self._open_rates = dict.fromkeys(gated_stages, 1.0)
         self._busy_s = self._at_knee_s = self._crowded_s = 0.0
-        self._num_hops = [
-            sum(stage <= other <= last and (other == stage or other in trunk) for other in range(num_stages))
-            for stage, last in enumerate(self._next_exit_stage)
-        ]
+        self._num_behind = [sum(stage < t <= last for t in trunk) for stage, last in enumerate(self._next_exit_stage)]
         self._trunk_before = [max((t for t in trunk if t < stage), default=-1) for stage in range(num_stages)]
 
     def bound_s(self, stage: int, batch: int) -> float:
@@ -61,24 +58,18 @@ class Profile:
     def to_next_answer_s(self, stage: int, batch: int) -> float:
         """Expect a row waiting at `stage` to need rarely more than this many seconds to its next exit.
 
-        That is the least it must run: every gate behind `stage` can be shut.
+        That is the least it must run: every gate behind `stage` can be shut. At a stage that it can do without it also
+        keeps time for a few dispatches of others at each stage on the way, as long as others have lately waited: rows
+        that went into bodies until they had just the time left that the trunk takes alone would all be late together.
         """
         own_s, last = self.stages[stage].bound_s(batch), self._next_exit_stage[stage]
+        ahead_s = DISPATCHES_AHEAD * self._crowded_s if stage in self._open_rates else 0.0
         if stage == last:
-            return own_s
+            return own_s + ahead_s
         behind_s = self._behind_s[last].get(batch)
         if behind_s is None:
             behind_s = self._behind_s[last][batch] = self._sum_behind(last, batch)
-        return own_s + behind_s[stage]
-
-    def crowded_to_next_answer_s(self, stage: int, batch: int) -> float:
-        """Expect the same of a row among others, whose dispatches come before each stage on its way.
-
-        By this a row decides whether it has the time for a stage that it can do without. Rows that went into bodies
-        until they had just the time left that the trunk takes alone would all be late together.
-        """
-        ahead_s = DISPATCHES_AHEAD * self._num_hops[stage] * self._crowded_s
-        return self.to_next_answer_s(stage, batch) + ahead_s
+        return own_s + behind_s[stage] + ahead_s * (1 + self._num_behind[stage])
 
     def _sum_behind(self, last: int, batch: int) -> dict[int, float]:
         """For each stage before an exit, the seconds of the trunk behind it up to there."""

@@ -163,7 +163,7 @@ class StageQueue(Generic[W]):
     def measure(self, now: float) -> None:
         """Look at what the most pressing row that can still be on time allows; late rows press nobody."""
         stage_profile = self.profile.stages[self.stage]
-        needed_s = self.needed_s = self._needed_s()
+        needed_s = self.needed_s = self.profile.to_next_answer_s(self.stage, 1)
         handed_over_s, ahead_s = now + self._margin_s, self._margin_s + needed_s
         exit_by_s = self.exit_by_s = max(self._first_deadline_from(handed_over_s + needed_s) - ahead_s, now)
         if self.holds_answers:
@@ -198,7 +198,7 @@ class StageQueue(Generic[W]):
 
     def take_late(self, now: float) -> list[W]:
         """Remove and give the rows that cannot reach their next exit in time, as far as they may leave or pass on."""
-        self.needed_s = self._needed_s()
+        self.needed_s = self.profile.to_next_answer_s(self.stage, 1)
         horizon_s, entries = now + self._margin_s + self.needed_s, self.entries
         num_late = bisect_left(entries, (horizon_s,))
         if num_late == len(entries):
@@ -230,12 +230,6 @@ class StageQueue(Generic[W]):
             self.entries = [entry for entry in self.entries if not entry[2].is_cancelled]
             self.valid_until_s = -math.inf
         return gone
-
-    def _needed_s(self) -> float:
-        """Expect a row to need so long to its next exit; one that can do without the stage keeps time for company."""
-        if self.is_gated:
-            return self.profile.crowded_to_next_answer_s(self.stage, 1)
-        return self.profile.to_next_answer_s(self.stage, 1)
 
     def _first_deadline_from(self, time_s: float) -> float:
         """The earliest deadline here that is not before a time; infinite if there is none."""

@@ -11,6 +11,7 @@ answered.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final, NamedTuple
 
 from offramp_contract.manifest import Manifest
@@ -44,9 +45,6 @@ class _Share:
     asked: float
     taken: float
 
-    def cost(self, full_s: float, first_s: float, *, is_gated: bool) -> RowCost:
-        return RowCost(self.asked * full_s, self.taken * full_s, self.asked * first_s if is_gated else first_s)
-
 
 class RowCosts:
     """The running estimates for one model.
@@ -63,7 +61,6 @@ class RowCosts:
         self._profile = profile
         self._ladder = ladder
         self._full_s = 0.0
-        self._first_s = 0.0
         self._exit_shares: list[float] = []
         self._shares: dict[int | None, _Share] = {}
         self._costs: dict[int | None, RowCost] = {}
@@ -102,23 +99,21 @@ class RowCosts:
 
     def _refresh(self) -> None:
         """Look at the profile again; for the first time, expect of each gear what calibration does."""
-        first_answer, total_s, first_s, done_s = self._profile.first_answer_stage(), 0.0, 0.0, []
-        for index, stage in enumerate(self._profile.stages):
-            row_s = stage.mean_s(stage.knee) / stage.knee
-            total_s += row_s
-            done_s.append(total_s)
-            if index <= first_answer:
-                first_s += row_s
-        strain = self._profile.strain
-        self._full_s, self._first_s = strain * total_s, strain * first_s
-        self._exit_shares = [done_s[stage] / total_s for stage in self._exit_stages]
+        done_s = list(accumulate(stage.mean_s(stage.knee) / stage.knee for stage in self._profile.stages))
+        self._full_s = self._profile.strain * done_s[-1]
+        self._exit_shares = [done_s[stage] / done_s[-1] for stage in self._exit_stages]
         if not self._shares:
             expected = [(gear, self._expected(step)) for gear, step in enumerate(self._ladder)]
             self._shares = {gear: _Share(share, share) for gear, share in [(None, 1.0), *expected]}
         self._costs = {gear: self._cost(share) for gear, share in self._shares.items()}
 
     def _cost(self, share: _Share) -> RowCost:
-        return share.cost(self._full_s, self._first_s, is_gated=self._is_gated)
+        first_s = self._exit_shares[0] * self._full_s
+        return RowCost(
+            asked_s=share.asked * self._full_s,
+            taken_s=share.taken * self._full_s,
+            first_s=share.asked * first_s if self._is_gated else first_s,
+        )
 
     def _expected(self, gear: Gear) -> float:
         if gear.point is None:

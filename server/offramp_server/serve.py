@@ -115,8 +115,8 @@ def run_server(app: FastAPI, settings: ServerSettings, engine: Engine, listener:
 def exempt_start_up() -> None:
     """Take what start-up has made out of the garbage collector's sight, for a process that goes on to serve.
 
-    Modules, schemas and the first models stay until it ends. A search through all of them stops every thread, which was
-    seen to take 70 ms.
+    Modules, schemas and the first models stay until it ends. A search through all of them stops every thread for
+    tens of milliseconds.
     """
     gc.collect()
     gc.freeze()

@@ -260,21 +260,21 @@ def test_a_backlog_in_small_batches_strains_and_one_at_the_knee_does_not(scripte
     assert profile.strain == pytest.approx(expected, rel=0.02)
 
 
-HOPS = (2, 2, 2, 1, 3, 2, 1)
-"""Stages that a row at each stage of `gated_profile` runs up to its next exit at least."""
+HOPS = (0, 2, 2, 0, 3, 0, 0)
+"""Stages up to its next exit before which a row at each stage of `gated_profile` keeps time: only bodies can wait."""
 
 
-def test_a_row_keeps_time_for_others_at_every_stage_of_its_way_once_others_have_waited():
+def test_a_row_before_a_body_keeps_time_for_others_at_every_stage_of_its_way_once_others_have_waited():
     profile = gated_profile()
     stages = range(len(profile.stages))
     alone = [profile.to_next_answer_s(stage, 2) for stage in stages]
     for _ in range(1000):
         profile.observe_round(0, 1, 0.5, others_wait=False)
-    assert [profile.crowded_to_next_answer_s(stage, 2) for stage in stages] == alone
+    assert [profile.to_next_answer_s(stage, 2) for stage in stages] == alone
     for _ in range(1000):
         profile.observe_round(0, 4, 0.5, others_wait=True)
-    kept = [profile.crowded_to_next_answer_s(stage, 2) - alone_s for stage, alone_s in zip(stages, alone, strict=True)]
+    kept = [profile.to_next_answer_s(stage, 2) - alone_s for stage, alone_s in zip(stages, alone, strict=True)]
     assert kept == pytest.approx([DISPATCHES_AHEAD * 0.5 * hops for hops in HOPS], rel=1e-3)
     for _ in range(1000):
         profile.observe_round(0, 1, 0.5, others_wait=False)
-    assert [profile.crowded_to_next_answer_s(stage, 2) for stage in stages] == pytest.approx(alone, rel=1e-3)
+    assert [profile.to_next_answer_s(stage, 2) for stage in stages] == pytest.approx(alone, rel=1e-3)
