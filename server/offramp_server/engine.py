@@ -7,6 +7,7 @@ makes the engine not ready, and everyone who is still owed an answer gets one.
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -67,6 +68,8 @@ class Engine:
         self._models: tuple[ServedModel, ...] = ()
         self._is_draining = False
         self._runners = Runners(self._loop, self.settings.runners)
+        # A session on a GPU keeps state, captured graphs among it, for each thread that runs it.
+        self._inline_s = self.settings.inline_ms / 1e3 if self.device.name == "cpu" else 0.0
 
     @classmethod
     def open(cls, bundle: Path | str, device: str = "auto", settings: EngineSettings | None = None) -> Self:
@@ -148,6 +151,8 @@ class Engine:
         options: RequestOptions,
         listener: Listener,
         arrival_s: float | None = None,
+        *,
+        wake: bool = True,
     ) -> Submission:
         """Admit a request.
 
@@ -157,6 +162,7 @@ class Engine:
             options: How its rows are routed.
             listener: Gets its events, the last of which is its one `Result`.
             arrival_s: When it arrived, on the engine's clock; now if not given.
+            wake: Whether its rows start now. Who says no calls `start` soon.
 
         Raises:
             NotReady: If the engine is draining, closed or dead, or the model is not loaded (any more).
@@ -186,11 +192,20 @@ class Engine:
                     self.report_gears()
                 # Told before the engine can answer, so that the last number told is that of the last answer.
                 self._observer.inflight_changed(served.name, served.version, num_inflight)
-                self._runners.command(lambda: self._loop.enqueue(submission, now))
+                self._runners.command(lambda: self._loop.enqueue(submission, now), wake=wake)
         except OfframpError as error:
             self._observer.rejected(served.name, served.version, error.code)
             raise
         return submission
+
+    def start(self, submissions: Sequence[Submission]) -> None:
+        """Start requests that were submitted with `wake=False`, whose answers may have come when this returns."""
+        first = submissions[0]
+        is_alone = len(submissions) == 1 and first.num_rows == 1
+        if is_alone and self._inline_s and first.served.profile.alone_s <= self._inline_s:
+            self._runners.work_off(len(first.served.profile.stages))
+        else:
+            self._runners.wake()
 
     def classify(
         self, inputs: np.ndarray | dict[str, np.ndarray], *, model: str | None = None, **fields: Any

@@ -46,6 +46,7 @@ class Profile:
         self.stages = [
             StageProfile(max_batch, batch_sizes, partial(self._note_change, last)) for last in self._next_exit_stage
         ]
+        self._alone_s: float | None = None
         self._open_rates = dict.fromkeys(gated_stages, 1.0)
         self._busy_s = self._at_knee_s = self._crowded_s = 0.0
         self._num_behind = [sum(stage < t <= last for t in trunk) for stage, last in enumerate(self._next_exit_stage)]
@@ -54,6 +55,13 @@ class Profile:
     def bound_s(self, stage: int, batch: int) -> float:
         """Expect one dispatch of a stage to rarely take more than this many seconds."""
         return self.stages[stage].bound_s(batch)
+
+    @property
+    def alone_s(self) -> float:
+        """Expect a row that nobody else is with to take this many seconds through every stage."""
+        if self._alone_s is None:
+            self._alone_s = sum([stage.mean_s(1) for stage in self.stages])
+        return self._alone_s
 
     def to_next_answer_s(self, stage: int, batch: int) -> float:
         """Expect a row waiting at `stage` to need rarely more than this many seconds to its next exit.
@@ -82,6 +90,7 @@ class Profile:
 
     def _note_change(self, last: int) -> None:
         """Sum up anew what lies before an exit once its stages have changed by something, taken together."""
+        self._alone_s = None
         self._num_changes[last] += 1
         if self._num_changes[last] * CHANGES_PER_STAGE >= len(self._stages_before[last]):
             self._num_changes[last] = 0

@@ -1,5 +1,8 @@
 """The threads of a device: runners, which take turns at choosing and finishing dispatches; stages run side by side.
 
+Where there is little to do, a thread that brings work may do it itself: waking another and being woken by it would cost
+more.
+
 A thread that dies takes all others with it, and the last to go says so: whoever is still owed an answer gets one.
 """
 
@@ -80,8 +83,12 @@ class Runners:
         """Whether all run; false means that only a restart helps."""
         return self.cause_of_death is None and all(thread.is_alive() for thread in self._threads)
 
-    def command(self, command: Callable[[], None]) -> None:
+    def command(self, command: Callable[[], None], *, wake: bool = True) -> None:
         """Have a command obeyed before the next dispatch is chosen; commands are obeyed in order.
+
+        Args:
+            command: What to do.
+            wake: Whether a runner is woken for it. Who says no calls `wake` or `work_off` soon.
 
         Raises:
             NotReady: If the runners have ended.
@@ -91,7 +98,34 @@ class Runners:
             if reason is not None:
                 raise NotReady(reason)
             self._commands.append(command)
+            if wake:
+                self.wakeup.notify()
+
+    def wake(self) -> None:
+        """Have a runner look whether there is work."""
+        with self.wakeup:
             self.wakeup.notify()
+
+    def work_off(self, num_rounds: int) -> None:
+        """Run on the calling thread what waits, in at most so many rounds; the rest is the runners'.
+
+        So is everything if one of them is awake: it has work, and looks for more when that is done.
+        """
+        with self.wakeup:
+            are_idle = self._num_idle == len(self._threads) and not self.is_stopping
+            self._num_left += are_idle  # this thread is one of them meanwhile
+        if are_idle:
+            try:
+                while num_rounds and self._waits():
+                    num_rounds = 0 if self._round() else num_rounds - 1
+            except BaseException as error:
+                self._die(error)
+                if not isinstance(error, Exception):  # such as an interrupt, which is the caller's to deal with
+                    raise
+            finally:
+                self._leave()
+        if self._has_work():
+            self.wake()
 
     def do(self, steps: Iterator[float]) -> None:
         """Have a chore done while nothing more urgent is to do; blocks until it is.
@@ -108,9 +142,7 @@ class Runners:
 
     def stop(self) -> None:
         """End all; requests still in flight are answered with `NotReady`."""
-        with self.wakeup:
-            self.is_stopping = True
-            self.wakeup.notify_all()
+        self._end_all()
         for thread in self._threads:
             thread.join(CLOSE_TIMEOUT_S)
 
@@ -124,10 +156,9 @@ class Runners:
                 if self._chores and (pause_s or rounds % ROUNDS_PER_CHORE == 0):
                     self._do_chore()
         except BaseException as error:
-            logger.critical("a thread of the engine has died", exc_info=True)
-            self.cause_of_death = type(error).__name__
+            self._die(error)
         finally:
-            self._retire()
+            self._leave()
 
     def _wait_for_work(self, pause_s: float) -> bool:
         """Sleep until there is something to do, and first for so long if what waits may not start before."""
@@ -142,7 +173,10 @@ class Runners:
             return not self.is_stopping
 
     def _has_work(self) -> bool:
-        return bool(self._commands or self._chores or self._loop.has_work or self.is_stopping)
+        return bool(self._waits() or self._chores or self.is_stopping)
+
+    def _waits(self) -> bool:
+        return bool(self._commands or self._loop.has_work)
 
     def _round(self) -> float:
         """Run a stage, if one is to run; gives the seconds until the next may, infinite if nothing waits."""
@@ -160,9 +194,8 @@ class Runners:
 
     def _call_the_idle(self) -> None:
         """Wake another runner if there is work for it."""
-        if self._num_idle and self._loop.has_work:
-            with self.wakeup:
-                self.wakeup.notify()
+        if self._num_idle and len(self._threads) > 1 and self._loop.has_work:
+            self.wake()
 
     def _do_chore(self) -> None:
         """Do one step of the first chore, unless another runner is at it."""
@@ -189,13 +222,22 @@ class Runners:
             self._chores.popleft()
             chore.done.set_exception(error)
 
-    def _retire(self) -> None:
-        """End one of them, and with it all; the last answers everyone."""
+    def _die(self, error: BaseException) -> None:
+        """End all because of an error that nobody has foreseen."""
+        logger.critical("a thread of the engine has died", exc_info=True)
+        self.cause_of_death = type(error).__name__
+        self._end_all()
+
+    def _end_all(self) -> None:
         with self.wakeup:
             self.is_stopping = True
+            self.wakeup.notify_all()
+
+    def _leave(self) -> None:
+        """Be one of them no more; the last answers everyone."""
+        with self.wakeup:
             self._num_left -= 1
             is_last = self._num_left == 0
-            self.wakeup.notify_all()
         if is_last:
             self._answer_everyone()
 

@@ -70,6 +70,13 @@ class ServerSettings(BaseSettings):
         description="Stages that may run side by side. More give throughput where a stage is too small to keep every "
         "core busy, and each takes longer: a lone request waits for it.",
     )
+    inline_ms: float = Field(
+        2.0,
+        ge=0,
+        le=100,
+        description="A row that comes alone to an idle CPU runs on the thread that has read it if all stages of its "
+        "model take at most so long: nobody is woken for it. Other connections wait meanwhile. 0 never does it.",
+    )
 
     max_batch: int = Field(
         32,
@@ -387,6 +394,7 @@ class ServerSettings(BaseSettings):
             warm_up_s=self.warm_up_s,
             fair_share_ms=self.fair_share_ms,
             runners=self.runners,
+            inline_ms=self.inline_ms,
             rebatch=self.rebatch,
             hold=self.hold,
             batch_timeout_ms=self.batch_timeout_ms,

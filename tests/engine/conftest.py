@@ -403,7 +403,8 @@ def open_engine() -> Iterator[Callable[..., Engine]]:
     opened: list[Engine] = []
 
     def open_(*nets: Net, observer: Any = None, **settings: Any) -> Engine:
-        given = {"max_batch": 4, "warm_up_s": 0.02, "default_latency_ms": None} | settings
+        # Tests hold stages for as long as they like, which a thread that brings a row must not wait for.
+        given = {"max_batch": 4, "warm_up_s": 0.02, "default_latency_ms": None, "inline_ms": 0.0} | settings
         engine = Engine(open_device("cpu", 1), EngineSettings(**given), observer)
         opened.append(engine)
         for net in nets:

@@ -271,6 +271,7 @@ def test_waiting_for_an_empty_house_gives_up_at_the_timeout(served, admission_of
         {"default_latency_ms": -1.0},
         {"margin_ms": -0.1},
         {"margin_ms": float("nan")},
+        {"inline_ms": -1.0},
         {"warm_up_s": float("nan")},
         {"fair_share_ms": 0.0},
         {"batch_timeout_ms": 0.0},

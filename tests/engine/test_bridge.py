@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -162,3 +163,117 @@ def test_a_closing_engine_answers_who_awaits(open_engine, chain, instrument, opt
 
     (row,) = asyncio.run(ask()).rows
     assert isinstance(row, NotReady) or row.reason is Reason.FINAL
+
+
+# --- where rows run -------------------------------------------------------------------------------------------------
+
+ALWAYS_MS = 60_000.0
+"""Longer than any stage here: whether a row runs inline is then not a matter of how fast the machine is."""
+TWO_ROWS = {"x": np.zeros((2, 4), dtype=np.float32)}
+
+
+class Threads:
+    """Remembers on which threads stages run."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, stage, feeds):
+        self.seen.append(threading.get_ident())
+
+
+def ask_for(engine, options, *inputs):
+    """Ask an idle engine for several answers in one turn of an event loop; gives them and the loop's thread."""
+    give_up_s = time.monotonic() + WAIT_S
+    while engine._runners._num_idle == 0:  # its runner is still busy with having loaded the model
+        assert time.monotonic() < give_up_s
+
+    async def ask():
+        bridge = LoopBridge(asyncio.get_running_loop())
+        return await asyncio.gather(*(bridge.answer(engine, engine.models[0], rows, options()) for rows in inputs))
+
+    return asyncio.run(ask()), threading.get_ident()
+
+
+def test_a_short_row_that_comes_alone_runs_on_the_thread_that_brings_it(open_engine, chain, instrument, options):
+    engine = open_engine(chain, inline_ms=ALWAYS_MS)
+    instrument(engine.models[0]).before = threads = Threads()
+    (result,), here = ask_for(engine, options, FLAT)
+    assert result.rows[0].reason is Reason.FINAL
+    assert threads.seen == [here] * 3
+    assert engine.num_inflight == 0
+
+
+@pytest.mark.parametrize("case", [(TWO_ROWS, ALWAYS_MS), (FLAT, 0.0), (FLAT, 1e-9)])
+def test_other_rows_are_left_to_a_runner(open_engine, chain, instrument, options, case):
+    inputs, inline_ms = case
+    engine = open_engine(chain, inline_ms=inline_ms)
+    instrument(engine.models[0]).before = threads = Threads()
+    _, here = ask_for(engine, options, inputs)
+    assert len(threads.seen) == 3
+    assert here not in threads.seen
+
+
+def test_requests_of_one_turn_start_together(open_engine, chain, instrument, options):
+    engine = open_engine(chain, inline_ms=ALWAYS_MS)
+    counted = instrument(engine.models[0])
+    counted.before = threads = Threads()
+    _, here = ask_for(engine, options, FLAT, FLAT, FLAT)
+    assert counted.batches == [(0, 3), (1, 3), (2, 3)]
+    assert here not in threads.seen
+
+
+def test_a_row_is_left_to_a_runner_that_is_at_work(open_engine, chain, instrument, options):
+    engine = open_engine(chain, inline_ms=ALWAYS_MS)
+    counted = instrument(engine.models[0])
+    gate, threads = Gate(), Threads()
+
+    def before(stage, feeds):
+        threads(stage, feeds)
+        gate(stage, feeds)
+
+    counted.before = before
+
+    async def ask():
+        bridge = LoopBridge(asyncio.get_running_loop())
+        both = [asyncio.create_task(bridge.answer(engine, engine.models[0], TWO_ROWS, options()))]
+        await gate.is_entered()
+        both.append(asyncio.create_task(bridge.answer(engine, engine.models[0], FLAT, options())))
+        await asyncio.sleep(0)  # it is asked for, and started by a call that is due before the next
+        gate.opened.set()
+        return await asyncio.gather(*both)
+
+    results = asyncio.run(ask())
+    assert [len(result.rows) for result in results] == [2, 1]
+    assert threading.get_ident() not in threads.seen
+
+
+def test_an_engine_that_closes_meanwhile_leaves_the_row_one_answer(open_engine, chain, instrument, options):
+    engine = open_engine(chain, inline_ms=ALWAYS_MS)
+    gate = Gate(stage=1)
+    instrument(engine.models[0]).before = gate
+    answered = []
+    asking = threading.Thread(target=lambda: answered.extend(ask_for(engine, options, FLAT)[0]))
+    asking.start()
+    assert gate.entered.wait(WAIT_S)
+    engine.close()  # its runner has gone when this returns; whoever goes last answers
+    assert answered == []
+    gate.opened.set()
+    asking.join(WAIT_S)
+    ((row,),) = [result.rows for result in answered]
+    assert isinstance(row, NotReady) or row.reason is Reason.FINAL
+    assert engine.num_inflight == 0
+
+
+def test_an_engine_that_dies_inline_answers_and_says_so(open_engine, chain, options, caplog, monkeypatch):
+    engine = open_engine(chain, inline_ms=ALWAYS_MS)
+
+    def fail(dispatch, ran):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine._loop, "finish", fail)
+    (result,), _ = ask_for(engine, options, FLAT)
+    assert isinstance(result.rows[0], NotReady)
+    assert engine.why_not_ready == "the engine has died: ZeroDivisionError"
+    assert not engine.is_alive
+    assert [record.message for record in caplog.records] == ["a thread of the engine has died"]

@@ -78,6 +78,8 @@ def serve() -> Iterator[Serve]:
         engine_type: type[Engine] = Engine,
         **given: Any,
     ) -> Running:
+        if observer is not None:  # some hold the thread that tells them, which must not be the server's own
+            given.setdefault("inline_ms", 0.0)
         settings = ServerSettings.load(port=0, threads=1, warm_up_s=0.1, **given)
         running = _start(bundles, folder, settings, observer, engine_type)
         started.append(running)

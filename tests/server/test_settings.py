@@ -69,10 +69,8 @@ def test_every_field_says_what_turning_it_costs() -> None:
 
 
 def test_the_engine_gets_its_share() -> None:
-    settings = ServerSettings.load(max_batch=5, max_inflight_samples=6, default_latency_ms=7, margin_ms=0.5)
-    assert settings.engine_settings() == EngineSettings(
-        max_batch=5, max_inflight_samples=6, default_latency_ms=7, margin_ms=0.5
-    )
+    share = {"max_batch": 5, "max_inflight_samples": 6, "default_latency_ms": 7, "margin_ms": 0.5, "inline_ms": 0}
+    assert ServerSettings.load(**share).engine_settings() == EngineSettings(**share)
 
 
 def test_the_scheduler_gets_the_rules_that_are_turned_off() -> None:
