@@ -75,6 +75,7 @@ def _facts(document: Mapping[str, Any], path: str) -> Iterator[str]:
     point, settings, versions = document["point"], document["settings"], document["versions"]
     facts = {
         "command": f"`{document['command']}`",
+        "network": _trained(document["training"]),
         "data": document["data"],
         "operating point": f"`{point['name']}`: {point['compute']:.1%} of full depth's compute, accuracy "
         f"{point['accuracy']:.1%} against {document['full_accuracy']:.1%} on calibration data",
@@ -92,6 +93,21 @@ def _facts(document: Mapping[str, Any], path: str) -> Iterator[str]:
     yield "| what | value |\n| --- | --- |"
     yield from (f"| {name} | {value} |" for name, value in facts.items())
     yield ""
+
+
+def _trained(training: Mapping[str, Any]) -> str:
+    """Say what a network is and how it was trained, in the words of `offramp train`."""
+    settings = training["settings"]
+    knobs = (f"`{name}={_listed(value)}`" for name, value in training["knobs"].items())
+    how = [f"{settings['epochs']} epochs of batches of {settings['batch_size']}", settings["method"].replace("_", " ")]
+    how += [f"learning rate {settings['learning_rate']:g}", f"seed {settings['seed']}"]
+    if "target" in settings["method"]:
+        how.append(f"gate target {settings['gate_target']:g}")
+    return f"{training['network']} with {', '.join(knobs)}; trained for {', '.join(how)}"
+
+
+def _listed(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _headline(document: Mapping[str, Any], curves: Sequence[Curve]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Who may come in: counts the rows in flight, predicts how long a new one would wait, and shifts the models' gears.
 
 Rows run in the order of their deadlines, so a row waits for those whose budget is no longer than its own. Rows in
-flight are therefore counted in lots of equal model, gear and order of magnitude of the budget, and predictions are sums
-over lots, however many rows there are.
+flight are therefore counted in lots of equal model and gear and about equal budget, and predictions are sums over lots,
+however many rows there are.
 """
 
 import math
@@ -25,8 +25,9 @@ OVERLOAD: Final = 0.9
 """Load from which on a request that will probably be late is refused; below, who may be late is answered late."""
 LEAST_SEEN: Final = 0.05
 """Share of the window before which the load is not told from what the first requests bring."""
-NUM_BUDGETS: Final = 16
-"""Orders of magnitude of budgets: up to 1 ms, 2 ms, 4 ms and so on; the last holds all above 16 s."""
+BUDGETS_PER_OCTAVE: Final = 4
+"""Classes of budgets from each to its double. The first holds all up to 1 ms, the last all from `LONGEST_MS` on."""
+LONGEST_MS: Final = 2.0**14
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +37,7 @@ class Lot:
     Attributes:
         served: Their model.
         gear: The gear they were admitted in; None where the request chose for itself.
-        budget: The order of magnitude of their budget.
+        budget: The class of what was left of their budget when they were admitted.
         num_rows: How many there are.
     """
 
@@ -133,7 +134,7 @@ class Admission:
         is_reachable = alone_s <= remaining_s
         if not is_reachable and options.on_miss == "reject":
             raise DeadlineExceeded("latency_ms: the deadline passes before the first exit can answer")
-        budget = _magnitude(remaining_s)
+        budget = _class_of(remaining_s)
         with self._lock:
             queue = self._queue_before(budget)
             load = self._load_with(num_rows * served.costs.of(gear).asked_s / self._num_runners, now)
@@ -182,11 +183,15 @@ class Admission:
         return self._load / max(self._seen, LEAST_SEEN)
 
     def _queue_before(self, budget: int) -> _Queue:
+        """Look at what a row meets. Those of the next class come first too if they came a little earlier.
+
+        That also keeps requests together that ask for the same and have been on the way for different times.
+        """
         wait_s = asked_s = first_s = 0.0
         for lot in self._lots.values():
             num_rows, cost = lot.num_rows, lot.served.costs.of(lot.gear)
             wait_s += num_rows * cost.taken_s
-            if lot.budget <= budget:
+            if lot.budget <= budget + 1:
                 asked_s += num_rows * cost.asked_s
                 first_s += num_rows * cost.first_s
         num_runners = self._num_runners
@@ -217,10 +222,8 @@ class Admission:
             )
 
 
-def _magnitude(budget_s: float) -> int:
-    if budget_s >= 2 ** (NUM_BUDGETS - 1) * 1e-3:
-        return NUM_BUDGETS - 1
-    return int(max(budget_s, 0.0) * 1e3).bit_length()
+def _class_of(budget_s: float) -> int:
+    return int(BUDGETS_PER_OCTAVE * math.log2(min(max(budget_s * 1e3, 1.0), LONGEST_MS)))
 
 
 def _retry_after_s(predicted_s: float) -> float:

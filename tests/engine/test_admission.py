@@ -160,6 +160,19 @@ def test_rows_with_more_time_are_not_in_the_way_of_one_with_less(served, admissi
     assert admit(admission, served, remaining_s=0.05).num_inflight == 201
 
 
+@pytest.mark.parametrize("remaining_s", [0.0321, 0.0643, 0.1, 0.128, 1.001, 5.0])
+@pytest.mark.parametrize(("share", "is_in_the_way"), [(0.99, True), (0.9, True), (0.6, False), (0.5, False)])
+def test_rows_with_about_as_much_time_are_in_the_way(  # noqa: PLR0917  # fixtures and parameters
+    served, admission_of, admit, remaining_s, share, is_in_the_way
+):
+    """Whatever the time is: requests that ask for the same have been on the way for different times."""
+    served.gears = told = Told()
+    admission = admission_of(max_wait_ms=60_000.0)
+    admit(admission, served, remaining_s=remaining_s)
+    admit(admission, served, remaining_s=share * remaining_s)
+    assert told.heard[-1][0] == pytest.approx(0.03 * is_in_the_way)
+
+
 def test_rows_that_have_seen_an_exit_are_not_in_the_way(served, admission_of, admit):
     waiting = {"unseen": 20}
     admission = admission_of(num_unseen=lambda model: waiting["unseen"])
