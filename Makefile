@@ -21,7 +21,7 @@ SYSTEM_TOOLS := prometheus promtool docker-compose curl chromium
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo serve test test-system test-slow lint format dashboards clean
-.PHONY: bench bench-budgets bench-stages bench-full-depth bench-memory bench-goodput bench-soak
+.PHONY: bench bench-budgets bench-stages bench-full-depth bench-request-path bench-memory bench-goodput bench-soak
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -65,7 +65,7 @@ ON_DATA = $(BUNDLE) --data $(DATA) $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(AR
 HAS_DATA = @test -n '$(BUNDLE)' -a -n '$(DATA)' || { \
     echo "name a calibrated bundle and its test data: make $@ BUNDLE=bundles/msdnet-cifar100 DATA=cifar100" >&2; exit 1; }
 
-bench: bench-budgets bench-stages bench-full-depth bench-memory bench-goodput bench-soak ## measure all of the below; BUNDLE=… DATA=… (DATA_DIR=…)
+bench: bench-budgets bench-stages bench-full-depth bench-request-path bench-memory bench-goodput bench-soak ## measure all of the below; BUNDLE=… DATA=… (DATA_DIR=…)
 
 bench-budgets: $(CAN_RUN) ## measure how well latency budgets are kept on an idle server, 3 minutes
 	@$(BIN)/python loadtest/benchmarks/latency_budget.py
@@ -78,6 +78,9 @@ bench-memory: $(CAN_RUN) ## measure the memory of 10,000 rows in flight, and tha
 
 bench-full-depth: $(CAN_RUN) ## measure full depth over HTTP against a bare loop, 4 minutes
 	@$(BIN)/python loadtest/benchmarks/full_depth.py
+
+bench-request-path: $(CAN_RUN) ## measure where the time of one request goes, 2 minutes
+	@$(BIN)/python server/benchmarks/request_path.py
 
 bench-goodput: $(CAN_RUN) ## measure correct goodput against load, 15 minutes; BUNDLE=… DATA=…
 	$(HAS_DATA)

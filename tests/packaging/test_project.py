@@ -31,6 +31,7 @@ TARGETS = (
     "bench-budgets",
     "bench-stages",
     "bench-full-depth",
+    "bench-request-path",
     "bench-memory",
     "bench-goodput",
     "bench-soak",
