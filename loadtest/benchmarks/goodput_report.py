@@ -31,6 +31,9 @@ leaves at the first exit is on time and often wrong, whoever runs to the end is 
   deepest exit that fits* always goes on while the budget lasts (as Edgent does). *Early exit* is a calibrated operating
   point, with gears down to a certified floor. *The label oracle* asks for the cheapest right answer of each row, which
   nobody can know.
+* Where rows that leave early take less of the stages than of HTTP and the client, less of the gain is realised than the
+  stages' milliseconds predict. Where the cheapest certified gear does not keep up, requests are refused, and count as
+  late; where gates are shut for lack of time, answers are on time and less often right.
 * Every configuration has a server process of its own; client and servers share the machine. Numbers are the median of
   the passes, with their range.
 """
