@@ -113,6 +113,7 @@ def parts_of(bundle: Path, threads: int, inline_ms: float, seconds: float) -> di
     spawned = multiprocessing.get_context("spawn")
     process = spawned.Process(target=serve, args=(bundle, threads, inline_ms, theirs))
     process.start()
+    theirs.close()  # its own is the only one: a server that ends early is seen to
     try:
         url = ours.recv()
         manifest = open_bundle(bundle).manifest

@@ -202,7 +202,7 @@ class Engine:
         """Start requests that were submitted with `wake=False`, whose answers may have come when this returns."""
         first = submissions[0]
         is_alone = len(submissions) == 1 and first.num_rows == 1
-        if is_alone and self._inline_s and first.served.profile.alone_s <= self._inline_s:
+        if is_alone and first.served.profile.alone_s <= self._inline_s:
             self._runners.work_off(len(first.served.profile.stages))
         else:
             self._runners.wake()
