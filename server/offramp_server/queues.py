@@ -171,7 +171,8 @@ class StageQueue(Generic[W]):
             self.slack_by_s = self.own_by_s = max(by_s, now)
         else:
             self.slack_by_s, self.own_by_s = exit_by_s, exit_by_s + stage_profile.bound_s(1)
-        self.size = stage_profile.fill(min(len(self.entries), self.max_batch))
+        num_waiting = min(len(self.entries), self.max_batch)
+        self.size = stage_profile.trial(num_waiting) or stage_profile.fill(num_waiting)
         self.bound_s = stage_profile.bound_s(self.size)
         self.efficiency = stage_profile.efficiency(self.size)
         self.valid_until_s = min(exit_by_s, self.slack_by_s)

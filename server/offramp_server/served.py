@@ -1,6 +1,6 @@
 """A model as the engine serves it: its stages on the device, its measured profile, and what follows from both."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import count
 from typing import TypeAlias
 
@@ -142,35 +142,53 @@ class ServedModel:
     def warm_up(self, clock: Clock, budget_s: float) -> Iterator[float]:
         """Measure every stage at growing batch sizes, yielding before each run so that serving can go on between them.
 
+        Each round goes through all sizes, so that a slow moment of the machine is one for all of them: the choice
+        between batch sizes depends on how they compare.
+
         Args:
             clock: The engine's clock, seconds.
-            budget_s: Roughly how long it may take in all. Small batch sizes come first, and a size is skipped when it
-                would not fit any more; the profile extends beyond the last.
+            budget_s: Roughly how long it may take in all. A size is left out, with those above it, when its runs would
+                not fit any more; the profile extends beyond the last.
 
         Yields:
             Seconds that the next run is expected to take; 0 for the very first of a stage.
         """
-        num_stages = len(self.manifest.stages)
-        sizes = _sizes_to_measure(self.max_batch, self.executor.device.batch_sizes)
-        spent_s = 0.0
-        for size in sizes:
-            expected_s = sum(stage.mean_s(size) for stage in self.profile.stages) if size > sizes[0] else 0.0
-            if expected_s * (1 + WARM_UP_RUNS) > budget_s - spent_s:
-                return
+        inputs: dict[int, dict[str, DeviceTensor]] = {}
+        timings: dict[int, list[list[float]]] = {}
+        planned_s, expected_s = 0.0, [0.0] * len(self.manifest.stages)
+        for size in _sizes_to_measure(self.max_batch, self.executor.device.batch_sizes):
+            if timings:
+                before = max(timings)
+                expected_s = [seconds * size / before for seconds in timings[before][0]]
+                if planned_s + sum(expected_s) * (1 + WARM_UP_RUNS) > budget_s:
+                    break
             drawn = random_inputs(self.manifest, max(size, self.manifest.min_batch))
-            carries = {name: self.executor.device.upload(array) for name, array in drawn.items()}
-            for index in range(num_stages):
-                seconds = [self.profile.stages[index].mean_s(size) if size > sizes[0] else 0.0]
-                yield seconds[-1]
+            inputs[size] = {name: self.executor.device.upload(array) for name, array in drawn.items()}
+            first_s = yield from self._run_timed(inputs[size], clock, expected_s, is_first=True)
+            timings[size] = [(yield from self._run_timed(inputs[size], clock, first_s))]
+            planned_s += sum(first_s) + sum(timings[size][0]) * WARM_UP_RUNS
+        for _ in range(WARM_UP_RUNS - 1):
+            for size, runs in timings.items():
+                runs.append((yield from self._run_timed(inputs[size], clock, runs[-1])))
+        for size, runs in timings.items():
+            for stage, seconds in zip(self.profile.stages, zip(*runs, strict=True), strict=True):
+                stage.calibrate(size, seconds)
+
+    def _run_timed(
+        self, inputs: Mapping[str, DeviceTensor], clock: Clock, expected_s: Sequence[float], *, is_first: bool = False
+    ) -> Generator[float, None, list[float]]:
+        """Run all stages one after another, yielding before each what it is expected to take; gives what each took."""
+        carries, seconds = dict(inputs), []
+        for index, stage_s in enumerate(expected_s):
+            if is_first:
+                yield stage_s
                 self.executor.tune(index, carries)
-                for _ in range(WARM_UP_RUNS + 1):
-                    yield seconds[-1]
-                    started = clock()
-                    output = self.executor.run(index, carries)
-                    seconds.append(clock() - started)
-                    spent_s += seconds[-1]
-                self.profile.stages[index].calibrate(size, seconds[2:])  # neither the guess nor the first run
-                carries |= output.carries
+            yield stage_s
+            started_s = clock()
+            output = self.executor.run(index, carries)
+            seconds.append(clock() - started_s)
+            carries |= output.carries
+        return seconds
 
 
 def random_inputs(manifest: Manifest, num_rows: int) -> dict[str, np.ndarray]:

@@ -16,7 +16,9 @@ LEAST_DEVIATION = 0.02
 OUTLIER = 4.0
 PEAK_SHARE = 0.95
 REFRESH_EVERY = 16
-REFRESH_KNEE_EVERY = 256
+TRIAL_EVERY = 8
+"""One dispatch in so many tries a batch beyond the knee, if enough rows wait: sizes that are never run would never be
+known better than the warm-up knew them. Rows take hardly longer in a batch that is larger than it need be."""
 
 
 class StageProfile:
@@ -41,6 +43,8 @@ class StageProfile:
         self._max_batch = max_batch
         self._padded_sizes = batch_sizes
         self._num_observed = 0
+        self._observed_last: list[int] = []
+        self._tried_last = 0
         self._knee = 1
         self._predictions: dict[int, tuple[float, float]] = {}
         self._neighbours: dict[int, tuple[int, int]] = {}
@@ -53,6 +57,7 @@ class StageProfile:
         self._sizes.append(batch)
         self._mean_s.append(max(middle, self._mean_s[-1]) if self._mean_s else middle)
         self._deviation.append(max(deviation, LEAST_DEVIATION))
+        self._observed_last.append(0)
         self._neighbours.clear()
         self._predictions.clear()
         self._find_knee()
@@ -65,19 +70,21 @@ class StageProfile:
         core) counts as at most `OUTLIER` times the prediction: a lasting change still gets through, a blip does not.
         """
         change = min(seconds / self._predict(batch)[0], OUTLIER) - 1.0
+        self._num_observed += 1
+        if batch > self._knee:
+            self._tried_last = self._num_observed
         low, high = self._around(self.padded(batch))
         for place in (low,) if low == high else (low, high):
             deviation = self._deviation[place]
             deviation += DEVIATION_GAIN * (abs(change) - deviation)
             self._deviation[place] = deviation if deviation > LEAST_DEVIATION else LEAST_DEVIATION
             self._mean_s[place] *= 1.0 + MEAN_GAIN * change
+            self._observed_last[place] = self._num_observed
         self._settle(low, high)
         self._predictions.clear()
-        self._num_observed += 1
         if self._num_observed % REFRESH_EVERY == 0:
             self._on_change()
-            if self._num_observed % REFRESH_KNEE_EVERY == 0:
-                self._find_knee()
+            self._find_knee()
 
     def mean_s(self, batch: int) -> float:
         """Expect this many seconds at a batch size: linear between profiled sizes, and beyond the last."""
@@ -117,12 +124,21 @@ class StageProfile:
         below = sizes[bisect_left(sizes, size + 1) - 1]
         return below if self.rate(below) > self.rate(size) else size
 
+    def trial(self, num_waiting: int) -> int | None:
+        """Give the size beyond the knee that was run longest ago, if it is time to try one that so many rows fill."""
+        if num_waiting <= self._knee or self._num_observed + 1 - self._tried_last < TRIAL_EVERY:
+            return None
+        places = [place for place, size in enumerate(self._sizes) if self._knee < size <= num_waiting]
+        return self._sizes[min(places, key=self._observed_last.__getitem__)] if places else None
+
     def rate(self, batch: int) -> float:
         """Rows per second at a batch size."""
         return batch / self._predict(batch)[0]
 
     def efficiency(self, batch: int) -> float:
-        """The share of its best throughput that the stage reaches at a batch size; near enough counts as all."""
+        """The share of its best throughput that the stage reaches at a batch size; from the knee on, all of it."""
+        if batch >= self._knee:
+            return 1.0
         share = self.rate(batch) / self.rate(self._knee)
         return 1.0 if share >= PEAK_SHARE else share
 

@@ -471,6 +471,23 @@ def test_warming_up_ends_when_its_time_is_spent(simulate, chain, instrument):
     assert served.profile.stages[0].mean_s(32) == pytest.approx(0.32)
 
 
+def test_a_slow_moment_of_the_warm_up_is_one_for_all_batch_sizes(simulate, chain, instrument):
+    sim = simulate()
+    served = ServedModel("disturbed", chain.bundle, open_device("cpu", 1), 8)
+    counted = instrument(served, sim.clock)
+    steps = served.warm_up(sim.clock, 60.0)
+    # As if another process took a core for half of the time that the warm-up takes.
+    counted.seconds = lambda stage, rows: 0.01 * (4 + rows) * (3 if sim.clock.now > began + 1.2 else 1)
+    began = sim.clock.now
+    for _ in steps:
+        pass
+    assert sim.clock.now - began > 2.0
+    measured = served.profile.stages[0].measured
+    assert {size: seconds / measured[1] for size, seconds in measured.items()} == pytest.approx(
+        {size: (4 + size) / 5 for size in (1, 2, 4, 8)}, rel=0.01
+    )
+
+
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 

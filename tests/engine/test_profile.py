@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from offramp_server.profile import DISPATCHES_AHEAD, Profile
-from offramp_server.stage_profile import OUTLIER, StageProfile
+from offramp_server.stage_profile import OUTLIER, TRIAL_EVERY, StageProfile
 
 SIZES = (1, 2, 4, 8, 16)
 seconds = st.floats(1e-5, 1.0)
@@ -227,6 +227,30 @@ def test_rows_that_would_only_pay_for_padding_are_left_for_the_next_batch():
     steep, shallow = padded_profile(lambda size: 0.01 * (2 + size)), padded_profile(lambda size: 0.01)
     assert [steep.fill(waiting) for waiting in range(1, 9)] == [1, 2, 3, 4, 4, 4, 7, 8]
     assert [shallow.fill(waiting) for waiting in range(1, 9)] == list(range(1, 9))
+
+
+@given(timings, observations, st.integers(1, 16))
+def test_a_trial_is_a_profiled_size_beyond_the_knee_that_the_waiting_rows_fill(timed, observed, num_waiting):
+    profile = calibrated(timed)
+    for size, took in observed:
+        profile.observe(size, took)
+    size = profile.trial(num_waiting)
+    assert size is None or (size in SIZES and profile.knee < size <= num_waiting)
+
+
+def test_one_dispatch_in_so_many_is_a_trial_and_each_size_has_its_turn():
+    profile, tried = profile_of(lambda size: 0.01 * size), []
+    for _ in range(8 * TRIAL_EVERY):
+        size = profile.trial(16)
+        tried += [size] if size else []
+        profile.observe(size or profile.fill(16), 0.01 * (size or profile.fill(16)))
+    assert tried == [2, 4, 8, 16] * 2
+    assert profile.knee == 1
+
+
+def test_a_batch_beyond_the_knee_does_not_count_against_its_stage():
+    profile = profile_of(lambda size: 0.01 * size**2)
+    assert profile.efficiency(8) == profile.efficiency(1) == 1.0
 
 
 @given(timings, observations, st.sampled_from([None, (1, 2, 8, 16), (4, 16)]))

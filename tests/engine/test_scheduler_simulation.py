@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from offramp_server.profile import Profile
 from offramp_server.rules import Rules
 from offramp_server.scheduler import QueueKey, Scheduler
+from offramp_server.stage_profile import StageProfile
 
 EPSILON = 1e-9
 MAX_BATCH = 8
@@ -56,11 +57,16 @@ class Net:
 
 
 class Device:
-    """Runs rows through one network; every event happens at its time, in order."""
+    """Runs rows through one network; every event happens at its time, in order.
 
-    def __init__(self, net, rules=None, *, runners=1, margin_s=0.0, batch_sizes=None, max_batch=MAX_BATCH):
+    `measured` is the network as a warm-up has seen it, if that was not what it is.
+    """
+
+    def __init__(
+        self, net, rules=None, *, runners=1, margin_s=0.0, batch_sizes=None, max_batch=MAX_BATCH, measured=None
+    ):
         self.net = net
-        self.profile = net.profile(max_batch, batch_sizes)
+        self.profile = (measured or net).profile(max_batch, batch_sizes)
         self.scheduler = Scheduler(max_batch, margin_s, 0.05, rules)
         self.scheduler.add_model([QueueKey("m", stage) for stage in range(net.num_stages)], self.profile)
         self.runners = runners
@@ -346,3 +352,24 @@ def test_a_few_rows_beyond_a_size_wait_where_the_rest_does_better_without_them()
         rows = [Row(0.0, 0) for _ in range(5)]
         device = Device(Net(lambda stage, n, cost=cost: 1.0 + cost(stage, n), 1), batch_sizes=(1, 4, 8)).run(rows)
         assert len(device.dispatches[0][1].samples) == first
+
+
+def slow_when_large(stage, rows):
+    """What `part_flat` looks like to a warm-up during which another process took a core while large batches ran."""
+    return part_flat(stage, rows) if rows == 1 else rows * part_flat(stage, 1)
+
+
+@pytest.mark.parametrize("batch_sizes", [None, (1, 2, 4, 8)])
+def test_batches_that_the_warm_up_found_too_slow_are_tried_again_while_many_rows_wait(batch_sizes, monkeypatch):
+    def serve():
+        net, measured = Net(part_flat, 2), Net(slow_when_large, 2)
+        device = Device(net, measured=measured, batch_sizes=batch_sizes)
+        device.run([Row(0.0, 1) for _ in range(2000)])
+        return device
+
+    tried = serve()
+    assert tried.profile.knee(0) >= 5  # 6 without the disturbance
+    monkeypatch.setattr(StageProfile, "trial", lambda self, num_waiting: None)
+    untried = serve()
+    assert untried.profile.knee(0) == 1
+    assert tried.busy_s < 0.75 * untried.busy_s
