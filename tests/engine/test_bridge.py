@@ -10,6 +10,7 @@ from offramp_contract.errors import NotReady
 from offramp_contract.policy import Reason
 from offramp_server.bridge import LoopBridge
 from offramp_server.messages import Progress, Result
+from offramp_server.served import ServedModel
 
 WAIT_S = 30.0
 FLAT = {"x": np.zeros((1, 4), dtype=np.float32)}
@@ -214,7 +215,16 @@ def test_other_rows_are_left_to_a_runner(open_engine, chain, instrument, options
     assert here not in threads.seen
 
 
-def test_requests_of_one_turn_start_together(open_engine, chain, instrument, options):
+def measure_flat(served, clock, budget_s):
+    """Stand in for a warm-up: a batch takes as long as one row, so that rows that wait run together."""
+    for stage in served.profile.stages:
+        for size in (1, served.max_batch):
+            stage.calibrate(size, [1e-4])
+    yield 0.0
+
+
+def test_requests_of_one_turn_start_together(open_engine, chain, instrument, options, monkeypatch):
+    monkeypatch.setattr(ServedModel, "warm_up", measure_flat)
     engine = open_engine(chain, inline_ms=ALWAYS_MS)
     counted = instrument(engine.models[0])
     counted.before = threads = Threads()
