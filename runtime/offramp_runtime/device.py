@@ -32,6 +32,10 @@ class CpuDevice(Device):
         self.name = "cpu"
         self.threads = threads
 
+    def part(self, threads: int) -> "CpuDevice":
+        """Give some of the cores; arrays are the same everywhere."""
+        return CpuDevice(threads)
+
     def load(self, graph: bytes, name: str, shared: Weights | None = None) -> ort.InferenceSession:
         """Create a session that reads shared weights where they lie; see `Device.load`."""
         return create_session(graph, name, [CPU], self.threads, shared=shared)

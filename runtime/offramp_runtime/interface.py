@@ -55,6 +55,14 @@ class Device(ABC):
         """
         return None
 
+    def part(self, threads: int) -> "Device | None":
+        """Give the same device with so many threads behind a dispatch, for several that run side by side.
+
+        None where dispatches share the device out among them by themselves.
+        """
+        del threads
+        return None
+
     @abstractmethod
     def load(self, graph: bytes, name: str, shared: Weights | None = None) -> ort.InferenceSession:
         """Create a session on this device.

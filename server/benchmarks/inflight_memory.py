@@ -207,7 +207,7 @@ class Bench:
         self._random = np.random.default_rng(seed)
         self._watch = Watch(manifest)
         settings = EngineSettings(
-            max_inflight_samples=rows, max_wait_ms=math.inf, default_latency_ms=None, warm_up_s=WARM_UP_S
+            max_inflight_samples=rows, max_wait_ms=math.inf, default_latency_ms=None, warm_up_s=WARM_UP_S, runners=1
         )
         self.engine = Engine(open_device("cpu", threads), settings, clock=self._watch.clock)
         self.served = self.engine.add_model(bundle)

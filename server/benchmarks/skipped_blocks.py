@@ -133,7 +133,7 @@ class Bench:
         self.num_inflight = num_inflight
         self._clock = clock
         self._random = np.random.default_rng(seed)
-        settings = EngineSettings(max_batch=num_inflight, default_latency_ms=None, warm_up_s=WARM_UP_S)
+        settings = EngineSettings(max_batch=num_inflight, default_latency_ms=None, warm_up_s=WARM_UP_S, runners=1)
         self.engine = Engine(open_device("cpu", threads), settings, clock=clock)
         self.served = self.engine.add_model(bundle)
         self._stopwatch = Stopwatch(self.served.executor, clock)

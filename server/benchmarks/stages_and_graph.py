@@ -90,7 +90,7 @@ class InEngine:
     """An engine with one model that answers at full depth."""
 
     def __init__(self, bundle: Bundle, threads: int, num_inflight: int) -> None:
-        settings = EngineSettings(max_batch=num_inflight, default_latency_ms=None, warm_up_s=WARM_UP_S)
+        settings = EngineSettings(max_batch=num_inflight, default_latency_ms=None, warm_up_s=WARM_UP_S, runners=1)
         self.engine = Engine(open_device("cpu", threads), settings)
         self._served = self.engine.add_model(bundle)
         self._stopwatch = Stopwatch(self._served.executor, time.perf_counter)

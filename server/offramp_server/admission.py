@@ -86,7 +86,8 @@ class Admission:
         self._max_wait_s = settings.max_wait_ms / 1e3
         self._margin_s = settings.margin_ms / 1e3
         self._num_unseen = num_unseen
-        self._num_runners = settings.runners
+        # Where dispatches share threads, a row's seconds are reckoned with all of these.
+        self._num_runners = settings.runners or 1
         self._lock = threading.Lock()
         self._inflight: Counter[ServedModel] = Counter()
         self._num_inflight = 0

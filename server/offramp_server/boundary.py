@@ -184,9 +184,10 @@ class Boundary:
         """
         if not self._scheduler.rules.forced_exits:
             return -math.inf
-        waiting = num_rows + self._scheduler.num_waiting(served.queue_keys[following])
-        likely_batch = min(waiting, served.profile.knee(following), served.max_batch)
-        return self._clock() + served.profile.to_next_answer_s(following, likely_batch) + self._margin_s
+        key = served.queue_keys[following]
+        profile = self._scheduler.profile(key)
+        likely_batch = min(num_rows + self._scheduler.num_waiting(key), profile.knee(following), served.max_batch)
+        return self._clock() + profile.to_next_answer_s(following, likely_batch) + self._margin_s
 
     def _part(
         self, served: ServedModel, stage: int, samples: Sequence[Sample], places: Sequence[int]

@@ -29,6 +29,7 @@ from offramp_server.scheduler import Scheduler
 from offramp_server.served import Clock, ServedModel
 from offramp_server.shield import ShieldedObserver
 from offramp_server.submission import Listener, Sample, Submission, Waiter
+from offramp_server.widths import MOST_ABREAST
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +57,9 @@ class Engine:
         self._clock = clock
         self._cancel_signal = threading.Event()
         margin_s = self.settings.margin_ms / 1e3
+        self._num_runners = self.settings.runners or (None if _shares_threads(self.device) else 1)
         self._loop = DeviceLoop(
-            _scheduler(self.settings),
+            _scheduler(self.settings, 0 if self._num_runners else self.device.threads),
             observer=self._observer,
             clock=clock,
             margin_s=margin_s,
@@ -67,7 +69,7 @@ class Engine:
         self._admission = Admission(self.settings, self._loop.num_unseen)
         self._models: tuple[ServedModel, ...] = ()
         self._is_draining = False
-        self._runners = Runners(self._loop, self.settings.runners)
+        self._runners = Runners(self._loop, self._num_runners or min(self.device.threads, MOST_ABREAST))
         # A session on a GPU keeps state, captured graphs among it, for each thread that runs it.
         self._inline_s = self.settings.inline_ms / 1e3 if self.device.name == "cpu" else 0.0
 
@@ -127,8 +129,15 @@ class Engine:
         """
         name = name or bundle.manifest.name
         ladder = ladder_under(self.settings, name, bundle, default)
-        served = ServedModel(name, bundle, self.device, self.settings.max_batch, ladder)
+        served = ServedModel(name, bundle, self.device, self.settings.max_batch, ladder, runners=self._num_runners)
         self._runners.do(served.warm_up(self._clock, self.settings.warm_up_s))
+        if served.narrow is not None:
+            logger.info(
+                "model %s: up to %d stages run side by side while many rows wait, %d threads each",
+                name,
+                served.narrow.num_abreast,
+                served.narrow.num_threads,
+            )
         self._observer.model_added(served.loaded)
         self._runners.command(lambda: self._loop.add_model(served))
         with self._runners.wakeup:
@@ -281,7 +290,12 @@ class Engine:
         self._observer.inflight_changed(served.name, served.version, left)
 
 
-def _scheduler(settings: EngineSettings) -> Scheduler[Sample]:
+def _shares_threads(device: Device) -> bool:
+    """Whether dispatches can each take a part of a device's threads."""
+    return device.threads > 1 and device.part(1) is not None
+
+
+def _scheduler(settings: EngineSettings, num_threads: int) -> Scheduler[Sample]:
     timeout_ms = settings.batch_timeout_ms
     rules = Rules(
         rebatch=settings.rebatch,
@@ -290,4 +304,4 @@ def _scheduler(settings: EngineSettings) -> Scheduler[Sample]:
         forced_exits=settings.forced_exits,
     )
     fair_share_s = settings.fair_share_ms / 1e3
-    return Scheduler(settings.max_batch, settings.margin_ms / 1e3, fair_share_s, rules, settings.runners)
+    return Scheduler(settings.max_batch, settings.margin_ms / 1e3, fair_share_s, rules, num_threads)

@@ -22,8 +22,10 @@ class EngineSettings:
         warm_up_s: Time spent on profiling each model when it is loaded. Longer gives better first predictions.
         fair_share_ms: Device time by which one model may run ahead of another that also has work waiting. Lower is
             fairer from moment to moment, higher keeps more deadlines of the busier model.
-        runners: How many stages may run side by side. More give throughput where a stage cannot keep every core busy
-            by itself, and each stage takes longer.
+        runners: How many stages may run side by side, each with all of the device's threads. More give throughput
+            where a stage cannot keep every core busy by itself, and each stage takes longer. None shares the threads
+            out: a lone row's stages get all of them, and while many rows wait as many run side by side, with a part
+            each, as was measured to do most when the model was loaded.
         inline_ms: A row that comes alone to an idle CPU runs on the thread that brings it if all of the model's stages
             take at most so long; that saves waking a runner and being woken by it. Higher holds other connections up
             for so long. 0 leaves every row to a runner.
@@ -47,7 +49,7 @@ class EngineSettings:
     margin_ms: float = 2.5
     warm_up_s: float = 3.0
     fair_share_ms: float = 50.0
-    runners: int = 1
+    runners: int | None = None
     inline_ms: float = 2.0
     rebatch: bool = True
     hold: bool = True
@@ -59,7 +61,8 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         counts = {"max_batch": self.max_batch, "max_inflight_samples": self.max_inflight_samples}
-        counts["runners"] = self.runners
+        if self.runners is not None:
+            counts["runners"] = self.runners
         for name, count in counts.items():
             if count < 1:
                 raise InvalidValue(f"{name}: must be at least 1", field=name)

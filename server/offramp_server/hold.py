@@ -37,11 +37,11 @@ def is_held(
     profile, stage, expected, ahead_s = queue.profile, queue.stage, 0.0, 0.0
     first = profile.trunk_before(stage) + 1
     for other in ready:
-        if first <= other.stage < stage and other.profile is profile and other.cohort == queue.cohort:
+        if first <= other.stage < stage and other.share is queue.share and other.cohort == queue.cohort:
             expected += profile.joining_share(other.stage, stage) * other.size
             ahead_s = max(ahead_s, other.bound_s)
     for other in running:
-        if first <= other.stage < stage and other.profile is profile and not queue.cohort:
+        if first <= other.stage < stage and other.share is queue.share and not queue.cohort:
             expected += profile.joining_share(other.stage, stage) * other.num_running
     if not expected:
         return False

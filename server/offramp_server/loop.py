@@ -63,13 +63,26 @@ class DeviceLoop:
         return len(self._scheduler) > 0
 
     @property
+    def has_room(self) -> bool:
+        """Whether the device has a thread free for another dispatch. May be read from any thread."""
+        return self._scheduler.has_room
+
+    @property
+    def may_start(self) -> bool:
+        """Whether a sample waits that does not wait for what runs to end."""
+        return self._scheduler.may_start
+
+    @property
     def slack_s(self) -> float:
         """Seconds the device may do something else before a promise is broken; infinite if nothing waits."""
         return self._scheduler.slack_s(self._clock())
 
     @property
     def wait_s(self) -> float:
-        """Seconds until something may run; 0 unless all that waits is held back; infinite if nothing waits."""
+        """Seconds until something may run; 0 unless all that waits is held back.
+
+        Infinite if nothing waits, or if it waits for what runs to end.
+        """
         return self._scheduler.wait_s(self._clock())
 
     def num_unseen(self, served: ServedModel) -> int:
@@ -82,7 +95,7 @@ class DeviceLoop:
     def add_model(self, served: ServedModel) -> None:
         """Open the queues of a warmed-up model."""
         self._models[served.key] = served
-        self._scheduler.add_model(served.queue_keys, served.profile)
+        self._scheduler.add_model(served.queue_keys, served.wide, served.narrow)
 
     def remove_model(self, served: ServedModel, error: OfframpError) -> None:
         """Close a model's queues; rows that still waited are answered with `error`."""
@@ -123,12 +136,13 @@ class DeviceLoop:
         """Run a stage; gives what came of it, or the seconds after which it failed, which is its rows' answer."""
         samples, stage = dispatch.samples, dispatch.key.stage
         served = samples[0].submission.served
+        executor = served.executor_of(dispatch.width)
         started_s = self._clock()
         try:
             feeds = served.gather(stage, [sample.carries for sample in samples], dispatch.num_padded)
-            output = served.executor.run(stage, feeds)
+            output = executor.run(stage, feeds)
             needs_logits = output.logits is not None and any(sample.needs_logits for sample in samples)
-            logits_BC = served.executor.device.download(output.logits) if needs_logits else None
+            logits_BC = executor.device.download(output.logits) if needs_logits else None
         except Exception:
             logger.exception("stage %s of model %s failed", served.manifest.stages[stage].name, served.name)
             return self._clock() - started_s
@@ -138,19 +152,19 @@ class DeviceLoop:
         """End a round: answer the rows that leave, queue those that go on, and take note of what it cost."""
         samples, key, others_wait = dispatch.samples, dispatch.key, self.has_work
         served = samples[0].submission.served
+        seconds = ran.seconds if isinstance(ran, Ran) else ran
         if key.model not in self._models:  # it was removed while the stage ran
             self._outbox.settle(samples, NotReady(f"model {served.name!r} was unloaded"))
         elif isinstance(ran, Ran):
             waited = _book(samples, key.stage, ran)
             self._boundary.cross(served, key.stage, samples, ran)
             seconds = self._clock() - ran.started_s
-            served.profile.observe_round(key.stage, len(samples), seconds, others_wait=others_wait)
+            served.observe_round(dispatch.width, key.stage, len(samples), seconds, others_wait=others_wait)
             self._note(served, dispatch, waited, seconds)
-            self._scheduler.finish(dispatch, seconds)
         else:
             name = served.manifest.stages[key.stage].name
             self._outbox.settle(samples, StageFailed(f"stage {name!r} failed on this input"))
-            self._scheduler.finish(dispatch, ran)
+        self._scheduler.finish(dispatch, seconds)
         self._outbox.flush()
 
     def abandon(self, error: OfframpError) -> None:
@@ -179,7 +193,7 @@ class DeviceLoop:
     def _note(self, served: ServedModel, dispatch: Dispatch[Sample], waited: tuple[float, ...], seconds: float) -> None:
         """Take note of a dispatch."""
         key, stage, num_rows = dispatch.key, dispatch.key.stage, len(waited)
-        served.profile.stages[stage].observe(num_rows, seconds)
+        dispatch.width.profile.stages[stage].observe(num_rows, seconds)
         served.tally.count_dispatch(num_rows, seconds, is_first=stage == served.profile.trunk_from(0))
         name = served.manifest.stages[stage].name
         self._observer.stage_ran(StageRun(served.name, served.version, name, key.variant, seconds, waited))

@@ -33,6 +33,7 @@ class Profile:
         gated_stages: Collection[int] = (),
         batch_sizes: Sequence[int] | None = None,
     ) -> None:
+        self._network = (exit_stages, num_stages, max_batch, gated_stages, batch_sizes)
         trunk = [stage for stage in range(num_stages) if stage not in gated_stages]
         self._next_exit_stage = [next(s for s in exit_stages if s >= stage) for stage in range(num_stages)]
         self._next_trunk_stage = [next(s for s in trunk if s >= stage) for stage in range(num_stages)]
@@ -51,6 +52,12 @@ class Profile:
         self._busy_s = self._at_knee_s = self._crowded_s = 0.0
         self._num_behind = [sum(stage < t <= last for t in trunk) for stage, last in enumerate(self._next_exit_stage)]
         self._trunk_before = [max((t for t in trunk if t < stage), default=-1) for stage in range(num_stages)]
+
+    def beside(self) -> "Profile":
+        """Give an empty profile of the same network, for another way to run its stages; gates open alike in both."""
+        other = Profile(*self._network)
+        other._open_rates = self._open_rates
+        return other
 
     def bound_s(self, stage: int, batch: int) -> float:
         """Expect one dispatch of a stage to rarely take more than this many seconds."""

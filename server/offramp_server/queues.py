@@ -7,10 +7,11 @@ goes, or until one of those moments passes, so that a round looks again only at 
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from offramp_server.profile import Profile
+from offramp_server.widths import Width
 
 
 class Waiting(Protocol):
@@ -18,6 +19,8 @@ class Waiting(Protocol):
 
     deadline_s: float
     """On the engine's clock; infinite without one."""
+    budget_s: float
+    """Seconds it had when it arrived; infinite without a deadline. Read where dispatches may run side by side."""
     may_be_dropped: bool
     """Whether the request would rather be refused than answered late."""
     enqueued_s: float
@@ -51,20 +54,54 @@ class Dispatch(Generic[W]):
         num_padded: Number of rows the stage is run over, at least as many; the last one may stand in for the rest.
         overtaken: Rows with an answer in hand, taken out of other queues: they must leave with it now, as it would be
             late behind this dispatch.
+        width: How it runs.
     """
 
     key: QueueKey
     samples: list[W]
     num_padded: int
+    width: Width
     overtaken: Sequence[W] = ()
 
 
 @dataclass(slots=True)
 class Share:
-    """Device seconds of one model, counted from the moment it had work together with others."""
+    """One model's part in a device.
 
+    Attributes:
+        wide: How its dispatches run while few rows wait, or are in a hurry.
+        narrow: How they run side by side while many do; None if that does not pay, or cannot be.
+        width: Which of the two they run by now.
+        hurried_until_s: Until when rows that were in a hurry on arrival may wait.
+        used_s: Device seconds, counted from the moment it had work together with others.
+        num_waiting: Its rows that wait.
+    """
+
+    wide: Width
+    narrow: Width | None = None
+    width: Width = field(init=False)
+    hurried_until_s: float = -math.inf
     used_s: float = 0.0
     num_waiting: int = 0
+
+    def __post_init__(self) -> None:
+        self.width = self.wide
+
+    def turn(self, *, is_narrow: bool) -> bool:
+        """Have dispatches run by the one or the other from now on; gives whether that is a change."""
+        width = self.narrow if is_narrow and self.narrow is not None else self.wide
+        changes = width is not self.width
+        self.width = width
+        return changes
+
+    def note_hurry(self, samples: "Sequence[Waiting]") -> None:
+        """Take note of rows that come: as long as one of them has no time to run side by side with others, none do."""
+        if self.narrow is None:
+            return
+        short_s = self.narrow.short_budget_s
+        for sample in samples:
+            if sample.budget_s < short_s and sample.deadline_s > self.hurried_until_s:
+                self.hurried_until_s = sample.deadline_s
 
 
 class StageQueue(Generic[W]):
@@ -72,7 +109,6 @@ class StageQueue(Generic[W]):
 
     Args:
         key: The stage.
-        profile: The model's.
         share: The model's.
         max_batch: Most rows in one dispatch.
         margin_s: Time kept free before a deadline for handing the answer over.
@@ -111,7 +147,6 @@ class StageQueue(Generic[W]):
         "needed_s",
         "num_running",
         "own_by_s",
-        "profile",
         "share",
         "size",
         "slack_by_s",
@@ -119,12 +154,10 @@ class StageQueue(Generic[W]):
         "valid_until_s",
     )
 
-    def __init__(
-        self, key: QueueKey, profile: Profile, share: Share, max_batch: int, margin_s: float, *, forced_exits: bool
-    ) -> None:
+    def __init__(self, key: QueueKey, share: Share, max_batch: int, margin_s: float, *, forced_exits: bool) -> None:
+        profile = share.wide.profile
         self.key = key
         self.stage = key.stage
-        self.profile = profile
         self.share = share
         self.entries: list[tuple[float, int, W]] = []
         self.is_gated = profile.is_gated(key.stage)
@@ -143,6 +176,15 @@ class StageQueue(Generic[W]):
         self.max_batch = max_batch
         self._num_arrived = 0
         self._has_droppable = False
+
+    @property
+    def profile(self) -> Profile:
+        """How long the model's stages take, the way its dispatches run now."""
+        return self.share.width.profile
+
+    def forget(self) -> None:
+        """Measure again before the next dispatch."""
+        self.valid_until_s, self.late_after_s = -math.inf, -math.inf
 
     def add(self, samples: Sequence[W]) -> None:
         """Let rows wait here."""

@@ -99,12 +99,13 @@ class Runners:
                 raise NotReady(reason)
             self._commands.append(command)
             if wake:
-                self.wakeup.notify()
+                self.wake()
 
     def wake(self) -> None:
-        """Have a runner look whether there is work."""
+        """Have a runner look whether there is work, unless the device is full: who runs a stage looks after it."""
         with self.wakeup:
-            self.wakeup.notify()
+            if self._loop.has_room:
+                self.wakeup.notify()
 
     def work_off(self, num_rounds: int) -> None:
         """Run on the calling thread what waits, in at most so many rounds; the rest is the runners'.
@@ -166,7 +167,7 @@ class Runners:
             return not self.is_stopping
         with self.wakeup:
             self._num_idle += 1
-            if pause_s and self._loop.has_work and not (self._commands or self._chores or self.is_stopping):
+            if pause_s and self._loop.may_start and not (self._commands or self._chores or self.is_stopping):
                 self.wakeup.wait(min(pause_s, LONGEST_PAUSE_S))
             self.wakeup.wait_for(self._has_work)
             self._num_idle -= 1
@@ -176,7 +177,7 @@ class Runners:
         return bool(self._waits() or self._chores or self.is_stopping)
 
     def _waits(self) -> bool:
-        return bool(self._commands or self._loop.has_work)
+        return bool(self._commands or self._loop.may_start)
 
     def _round(self) -> float:
         """Run a stage, if one is to run; gives the seconds until the next may, infinite if nothing waits."""
@@ -194,7 +195,7 @@ class Runners:
 
     def _call_the_idle(self) -> None:
         """Wake another runner if there is work for it."""
-        if self._num_idle and len(self._threads) > 1 and self._loop.has_work:
+        if self._num_idle and len(self._threads) > 1 and self._loop.may_start:
             self.wake()
 
     def _do_chore(self) -> None:

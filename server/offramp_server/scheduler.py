@@ -21,6 +21,7 @@ from offramp_server.hold import is_held
 from offramp_server.profile import Profile
 from offramp_server.queues import Dispatch, QueueKey, Share, StageQueue, W, Waiting
 from offramp_server.rules import Rules
+from offramp_server.widths import Width
 
 __all__ = ["Dispatch", "QueueKey", "Scheduler", "Waiting"]
 
@@ -36,20 +37,23 @@ class Scheduler(Generic[W]):
         margin_s: Time kept free before a deadline for handing the answer over.
         fair_share_s: Device time by which one model may run ahead of another that waits.
         rules: What is done beyond running what waits.
-        num_runners: How many dispatches may run side by side.
+        num_threads: How many the models' dispatches share out; 0 if they share none, so that nothing ever waits for a
+            thread to be free.
 
     Attributes:
         rules: The same.
     """
 
     def __init__(
-        self, max_batch: int, margin_s: float, fair_share_s: float, rules: Rules | None = None, num_runners: int = 1
+        self, max_batch: int, margin_s: float, fair_share_s: float, rules: Rules | None = None, num_threads: int = 0
     ) -> None:
         self._max_batch = max_batch
         self._margin_s = margin_s
         self._fair_share_s = fair_share_s
         self.rules = rules or Rules()
-        self._num_runners = num_runners
+        self._num_threads = num_threads
+        self._num_taken = 0
+        self._waits_for_threads = False
         self._queues: dict[QueueKey, StageQueue[W]] = {}
         self._cohorts: dict[tuple[QueueKey, int], StageQueue[W]] = {}
         self._busy: dict[StageQueue[W], None] = {}
@@ -63,10 +67,26 @@ class Scheduler(Generic[W]):
     def __len__(self) -> int:
         return sum([share.num_waiting for share in self._shares.values()])
 
-    def add_model(self, keys: Iterable[QueueKey], profile: Profile) -> None:
-        """Open the queues of a model, one per stage."""
+    @property
+    def has_room(self) -> bool:
+        """Whether threads are free for another dispatch, as far as is known. May be read from any thread."""
+        return not self._waits_for_threads and (not self._num_threads or self._num_taken < self._num_threads)
+
+    @property
+    def may_start(self) -> bool:
+        """Whether something waits that does not wait for threads of what runs."""
+        return self.has_room and len(self) > 0
+
+    def add_model(self, keys: Iterable[QueueKey], wide: Width, narrow: Width | None = None) -> None:
+        """Open the queues of a model, one per stage.
+
+        Args:
+            keys: Those of its stages.
+            wide: How its dispatches run.
+            narrow: How they run side by side, if that pays while many rows wait.
+        """
         for key in keys:
-            self._queues[key] = self._open(key, profile, self._shares.setdefault(key.model, Share()))
+            self._queues[key] = self._open(key, self._shares.setdefault(key.model, Share(wide, narrow)))
 
     def remove_model(self, model: str) -> list[W]:
         """Close a model's queues and give back what still waited there."""
@@ -84,6 +104,7 @@ class Scheduler(Generic[W]):
             return
         queue = self._queues[key]
         share = queue.share
+        share.note_hurry(samples)
         if share.num_waiting == 0 and share.used_s < self._virtual_s:  # idling earns no credit
             share.used_s = self._virtual_s
         share.num_waiting += len(samples)
@@ -99,14 +120,21 @@ class Scheduler(Generic[W]):
             return len(self._queues[key].entries)
         return sum([len(queue.entries) for queue in list(self._busy) if queue.key == key])
 
+    def profile(self, key: QueueKey) -> Profile:
+        """How long the stages of a model take, the way its dispatches run now."""
+        return self._queues[key].profile
+
     def slack_s(self, now: float) -> float:
         """Seconds the device may do something else before a waiting row misses its promise; infinite if none waits."""
         self._measure(now)
         return min([queue.slack_by_s for queue in self._busy], default=math.inf) - now
 
     def wait_s(self, now: float) -> float:
-        """Seconds until something may start: 0 unless a timeout holds back all that waits; infinite if none waits."""
-        if not self._busy:
+        """Seconds until something may start: 0 unless a timeout holds back all that waits.
+
+        Infinite if none waits, or if it waits for threads of what runs.
+        """
+        if not self.may_start:
             return math.inf
         if self.rules.batch_timeout_s is None:
             return 0.0
@@ -114,10 +142,12 @@ class Scheduler(Generic[W]):
 
     def finish(self, dispatch: Dispatch[W], seconds: float) -> None:
         """Book what a dispatch took on its model's share; its rows run no longer."""
+        self._num_taken -= dispatch.width.num_threads
+        self._waits_for_threads = False
         queue = self._queues.get(dispatch.key)
         if queue is None:
             return
-        queue.share.used_s += seconds
+        queue.share.used_s += seconds * self._part(dispatch.width)
         queue.num_running -= len(dispatch.samples)
         if queue.num_running == 0:
             self._running.pop(queue, None)
@@ -147,6 +177,7 @@ class Scheduler(Generic[W]):
 
     def take_hurried(self, now: float) -> list[W]:
         """Remove and give the samples that wait for a gated stage and have no time for it."""
+        self._settle_widths(now)
         if now <= self._late_after_s:
             return []
         hurried: list[W] = []
@@ -157,6 +188,9 @@ class Scheduler(Generic[W]):
 
     def next(self, now: float) -> Dispatch[W] | None:
         """Choose what runs now and remove it from its queue; None if nothing waits, or nothing may start yet."""
+        if not self.has_room:
+            return None
+        self._settle_widths(now)
         ready: Collection[StageQueue[W]] = self._busy
         if self.rules.batch_timeout_s is not None:
             ready = [queue for queue in self._busy if self._starts_at_s(queue) <= now]
@@ -171,9 +205,29 @@ class Scheduler(Generic[W]):
             self._virtual_s = max(self._virtual_s, chosen.share.used_s)
             if chosen.bound_s > chosen.own_by_s - now:
                 chosen.shrink(chosen.own_by_s - now)
-            return self._start(chosen, now)
-        chosen, breaks_a_promise = self._choose(ready, now)
+            breaks_a_promise = False
+        else:
+            chosen, breaks_a_promise = self._choose(ready, now)
+        self._waits_for_threads = self._num_taken + chosen.share.width.num_threads > self._num_threads
+        if self._waits_for_threads:
+            return None
         return self._start(chosen, now, self._take_overtaken(chosen, now) if breaks_a_promise else ())
+
+    def _settle_widths(self, now: float) -> None:
+        """Let dispatches run side by side as long as there are rows for all, and none of them is in a hurry."""
+        for share in self._shares.values():
+            if share.narrow is None:
+                continue
+            is_many = self._num_taken > 0 or len(self) >= share.narrow.num_abreast
+            if share.turn(is_narrow=is_many and now >= share.hurried_until_s):
+                self._late_after_s = -math.inf
+                for queue in self._busy:
+                    if queue.share is share:
+                        queue.forget()
+
+    def _part(self, width: Width) -> float:
+        """The part of the device that a dispatch has to itself."""
+        return width.num_threads / self._num_threads if width.num_threads else 1.0
 
     def _choose(self, ready: Collection[StageQueue[W]], now: float) -> tuple[StageQueue[W], bool]:
         """Fix the size of each queue's batch, beside the slack of all others, and choose among them.
@@ -237,8 +291,9 @@ class Scheduler(Generic[W]):
         return overtaken
 
     def _start(self, queue: StageQueue[W], now: float, overtaken: Sequence[W] = ()) -> Dispatch[W]:
-        if self._num_runners > 1:
-            queue.size = min(queue.size, self._runners_share())
+        width = queue.share.width
+        if width.num_abreast > 1:
+            queue.size = min(queue.size, self._runners_share(width.num_abreast))
         samples = queue.take_batch(now)
         size = len(samples)
         self._let_go(queue, samples)
@@ -250,16 +305,17 @@ class Scheduler(Generic[W]):
                 sample.cohort = cohort
         home.num_running += size
         self._running[home] = None
-        return Dispatch(queue.key, samples, queue.profile.stages[queue.stage].padded(size), overtaken)
+        self._num_taken += width.num_threads
+        return Dispatch(queue.key, samples, width.profile.stages[queue.stage].padded(size), width, overtaken)
 
-    def _runners_share(self) -> int:
+    def _runners_share(self, num_abreast: int) -> int:
         """How many rows are one runner's of all that wait and run: none takes everything while the others idle."""
         in_flight = len(self) + sum([queue.num_running for queue in self._running])
-        return math.ceil(in_flight / self._num_runners)
+        return math.ceil(in_flight / num_abreast)
 
-    def _open(self, key: QueueKey, profile: Profile, share: Share) -> StageQueue[W]:
+    def _open(self, key: QueueKey, share: Share) -> StageQueue[W]:
         forced_exits = self.rules.forced_exits
-        return StageQueue(key, profile, share, self._max_batch, self._margin_s, forced_exits=forced_exits)
+        return StageQueue(key, share, self._max_batch, self._margin_s, forced_exits=forced_exits)
 
     def _cohort_queue(self, home: StageQueue[W], cohort: int) -> StageQueue[W]:
         """Find or open the queue of one batch; those that have not run yet wait together."""
@@ -267,7 +323,7 @@ class Scheduler(Generic[W]):
             return home
         queue = self._cohorts.get((home.key, cohort))
         if queue is None:
-            queue = self._cohorts[home.key, cohort] = self._open(home.key, home.profile, home.share)
+            queue = self._cohorts[home.key, cohort] = self._open(home.key, home.share)
             queue.cohort = cohort
         return queue
 

@@ -1,13 +1,10 @@
 """A model as the engine serves it: its stages on the device, its measured profile, and what follows from both."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
-from typing import TypeAlias
 
-import numpy as np
 from offramp_contract.calibration import Calibration, OperatingPoint
 from offramp_contract.manifest import Manifest
-from offramp_contract.statistics import FloatArray
 from offramp_runtime import Bundle, Device, DeviceTensor, StageExecutor
 
 from offramp_server.carries import Batch, Carries
@@ -19,25 +16,35 @@ from offramp_server.profile import Profile
 from offramp_server.row_costs import RowCosts
 from offramp_server.scheduler import QueueKey
 from offramp_server.tally import Tally
+from offramp_server.warm_up import Clock, WarmUp
+from offramp_server.widths import Width
 
-Clock: TypeAlias = Callable[[], float]
-"""Gives seconds; `time.monotonic` in service, a simulated clock in tests."""
+__all__ = ["Clock", "ServedModel"]
 
 VERSION_LENGTH = 12
-WARM_UP_RUNS = 5
 _loads = count()
 
 
 class ServedModel:
     """One loaded bundle under the name it is served by.
 
+    Args:
+        name: The name clients use.
+        bundle: The opened bundle.
+        device: Where its stages run.
+        max_batch: Most rows in one dispatch.
+        ladder: Its gears.
+        runners: How many dispatches run side by side, each with all the threads of `device`; None if they share these.
+
     Attributes:
         name: The name clients use.
         version: The first 12 hex digits of the model digest.
         bundle: The opened bundle.
-        executor: Its stages on the device; touched by the engine's thread only.
+        executor: Its stages on the device; touched by the engine's threads only.
         gating: Which stage a row runs next.
         profile: How long its stages take here.
+        wide: How its dispatches run while few rows wait, or always; goes by `profile`.
+        narrow: How they run side by side while many do, if the warm-up found that this pays.
         tally: What it has done so far; written by the engine's thread only.
         ladder: Its gears; empty if it has none.
         gears: Which of them requests get; None if it has none. Touched by admission only.
@@ -45,7 +52,14 @@ class ServedModel:
     """
 
     def __init__(
-        self, name: str, bundle: Bundle, device: Device, max_batch: int, ladder: tuple[Gear, ...] = ()
+        self,
+        name: str,
+        bundle: Bundle,
+        device: Device,
+        max_batch: int,
+        ladder: tuple[Gear, ...] = (),
+        *,
+        runners: int | None = 1,
     ) -> None:
         self.name = name
         self.bundle = bundle
@@ -61,6 +75,9 @@ class ServedModel:
         gated = [index for index, stage in enumerate(stages) if stage.gates]
         exit_stages = [exit_.stage for exit_ in self.manifest.exits]
         self.profile = Profile(exit_stages, len(stages), self.max_batch, gated, device.batch_sizes)
+        self.wide = Width(self.profile, 0, runners) if runners else Width(self.profile, device.threads)
+        self.narrow: Width | None = None
+        self._narrow_executor: StageExecutor | None = None
         self.queue_keys = [QueueKey(self.key, index, self.manifest.precision) for index in range(len(stages))]
         self.ladder = ladder
         self.costs = RowCosts(self.manifest, self.profile, ladder)
@@ -140,73 +157,29 @@ class ServedModel:
         return self.calibration.temperatures[exit_index]
 
     def warm_up(self, clock: Clock, budget_s: float) -> Iterator[float]:
-        """Measure every stage at growing batch sizes, yielding before each run so that serving can go on between them.
-
-        Each round goes through all sizes, so that a slow moment of the machine is one for all of them: the choice
-        between batch sizes depends on how they compare.
+        """Measure every stage at growing batch sizes, and side by side where dispatches share threads out.
 
         Args:
             clock: The engine's clock, seconds.
-            budget_s: Roughly how long it may take in all. A size is left out, with those above it, when its runs would
-                not fit any more; the profile extends beyond the last.
+            budget_s: Roughly how long each of both may take.
 
         Yields:
-            Seconds that the next run is expected to take; 0 for the very first of a stage.
+            Before each run, so that serving can go on between them, the seconds that it is expected to take.
         """
-        inputs: dict[int, dict[str, DeviceTensor]] = {}
-        timings: dict[int, list[list[float]]] = {}
-        planned_s, expected_s = 0.0, [0.0] * len(self.manifest.stages)
-        for size in _sizes_to_measure(self.max_batch, self.executor.device.batch_sizes):
-            if timings:
-                before = max(timings)
-                expected_s = [seconds * size / before for seconds in timings[before][0]]
-                if planned_s + sum(expected_s) * (1 + WARM_UP_RUNS) > budget_s:
-                    break
-            drawn = random_inputs(self.manifest, max(size, self.manifest.min_batch))
-            inputs[size] = {name: self.executor.device.upload(array) for name, array in drawn.items()}
-            first_s = yield from self._run_timed(inputs[size], clock, expected_s, is_first=True)
-            timings[size] = [(yield from self._run_timed(inputs[size], clock, first_s))]
-            planned_s += sum(first_s) + sum(timings[size][0]) * WARM_UP_RUNS
-        for _ in range(WARM_UP_RUNS - 1):
-            for size, runs in timings.items():
-                runs.append((yield from self._run_timed(inputs[size], clock, runs[-1])))
-        for size, runs in timings.items():
-            for stage, seconds in zip(self.profile.stages, zip(*runs, strict=True), strict=True):
-                stage.calibrate(size, seconds)
+        warm_up = WarmUp(self.bundle, self.executor, self.profile, clock)
+        yield from warm_up.measure(self.max_batch, budget_s)
+        if self.wide.num_threads:
+            found = yield from warm_up.find_narrow(budget_s)
+            if found is not None:
+                self.narrow, self._narrow_executor = found
 
-    def _run_timed(
-        self, inputs: Mapping[str, DeviceTensor], clock: Clock, expected_s: Sequence[float], *, is_first: bool = False
-    ) -> Generator[float, None, list[float]]:
-        """Run all stages one after another, yielding before each what it is expected to take; gives what each took."""
-        carries, seconds = dict(inputs), []
-        for index, stage_s in enumerate(expected_s):
-            if is_first:
-                yield stage_s
-                self.executor.tune(index, carries)
-            yield stage_s
-            started_s = clock()
-            output = self.executor.run(index, carries)
-            seconds.append(clock() - started_s)
-            carries |= output.carries
-        return seconds
+    def executor_of(self, width: Width) -> StageExecutor:
+        """Give what runs the stages of a dispatch."""
+        return self._narrow_executor if width is self.narrow and self._narrow_executor is not None else self.executor
 
-
-def random_inputs(manifest: Manifest, num_rows: int) -> dict[str, np.ndarray]:
-    """Draw rows that any network accepts: for measuring, always the same."""
-    rng = np.random.default_rng(0)
-    return {tensor.name: _random_array(rng, (num_rows, *tensor.shape), tensor.dtype) for tensor in manifest.inputs}
-
-
-def _random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Draw values that any network accepts: a standard normal for floats, 0 for indices, whose range is unknown."""
-    if np.issubdtype(np.dtype(dtype), np.floating):
-        values: FloatArray = rng.standard_normal(shape).astype(dtype)
-        return values
-    return np.zeros(shape, dtype=dtype)
-
-
-def _sizes_to_measure(max_batch: int, batch_sizes: tuple[int, ...] | None) -> list[int]:
-    """Give powers of two, or the sizes that a device runs at, up to the one that the largest batch takes."""
-    if batch_sizes is None:
-        return sorted({1, max_batch, *(2**i for i in range(1, 16) if 2**i < max_batch)})
-    return [*(size for size in batch_sizes if size < max_batch), *[s for s in batch_sizes if s >= max_batch][:1]]
+    def observe_round(self, width: Width, stage: int, num_rows: int, seconds: float, *, others_wait: bool) -> None:
+        """Take into account what a dispatch took, all told; admission goes by the seconds of the whole device."""
+        width.profile.observe_round(stage, num_rows, seconds, others_wait=others_wait)
+        if width is not self.wide:
+            device_s = seconds * width.num_threads / self.wide.num_threads
+            self.profile.observe_round(stage, num_rows, device_s, others_wait=others_wait)

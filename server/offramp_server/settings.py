@@ -60,15 +60,16 @@ class ServerSettings(BaseSettings):
         None,
         ge=1,
         le=1024,
-        description="Threads behind each stage that runs. With all runners, more than the cores at hand make every "
-        "stage slower; fewer leave cores for the HTTP side. Unset: the cores, shared out among the runners.",
+        description="Threads for stages to run on: of all together, or of each if --runners is given. More than the "
+        "cores at hand make every stage slower; fewer leave cores for the HTTP side. Unset: the cores, with --runners "
+        "shared out among them.",
     )
-    runners: int = Field(
-        1,
+    runners: int | None = Field(
+        None,
         ge=1,
         le=64,
-        description="Stages that may run side by side. More give throughput where a stage is too small to keep every "
-        "core busy, and each takes longer: a lone request waits for it.",
+        description="Stages that run side by side at most, a part of the cores each. Unset: on a CPU a stage gets "
+        "every thread while few rows wait, and while many do as many run side by side as were measured to do most.",
     )
     inline_ms: float = Field(
         2.0,
@@ -381,7 +382,7 @@ class ServerSettings(BaseSettings):
 
     def threads_behind_a_stage(self, cores: int) -> int:
         """Give what `threads` says, or a runner's share of the cores."""
-        return self.threads or max(1, cores // self.runners)
+        return self.threads or max(1, cores // (self.runners or 1))
 
     def engine_settings(self) -> EngineSettings:
         """Give the engine's share of the settings."""

@@ -176,6 +176,8 @@ class Sample:
 
     Attributes:
         row: Its place in the request.
+        deadline_s: When its answer is due; infinite without a deadline.
+        budget_s: Seconds from its arrival to then.
         carries: What later stages read.
         gates: What has become of its gates.
         next_stage: The stage it waits for.
@@ -192,6 +194,7 @@ class Sample:
     """
 
     __slots__ = (
+        "budget_s",
         "carries",
         "classes",
         "cohort",
@@ -222,6 +225,7 @@ class Sample:
         self.row = row
         self.carries = Carries(batch, row)
         self.deadline_s = submission.deadline_s
+        self.budget_s = submission.deadline_s - submission.arrival_s
         self.may_be_dropped = options.on_miss == "reject"
         self.policy: Policy = options.policy
         self.min_exit = options.min_exit

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate, cycle
@@ -27,6 +28,7 @@ from offramp_contract.policy import Reason
 from offramp_runtime import open_device
 from offramp_runtime.device import OrtValueDevice
 from offramp_runtime.providers import on_cpu
+from offramp_server import warm_up
 from offramp_server.engine import Engine
 from offramp_server.engine_settings import EngineSettings
 from offramp_server.messages import RowAnswer
@@ -374,6 +376,63 @@ def test_a_runner_that_dies_takes_the_others_with_it_once_their_stages_have_run(
     assert "ZeroDivisionError" in held.engine.why_not_ready
 
 
+@pytest.fixture
+def sharing(chain, options, monkeypatch):
+    """An engine whose two threads the stages of its model share out, whatever the warm-up finds that to be worth."""
+    monkeypatch.setattr(warm_up, "SHORTEST_S", 0.0)
+    monkeypatch.setattr(warm_up, "LEAST_GAIN", 0.0)
+    settings_ = EngineSettings(runners=None, max_batch=4, warm_up_s=0.02, default_latency_ms=None, inline_ms=0.0)
+    with Engine(open_device("cpu", 2), settings_) as engine:
+        yield Held(engine, engine.add_model(chain.bundle), None, Gate(), None, options)
+
+
+def count_widths(served, before=lambda num_threads: None):
+    """Count dispatches by the threads they take; `before` is called with these when one starts."""
+    counts, executor_of = Counter(), served.executor_of
+
+    def counting(width):
+        counts[width.num_threads] += 1
+        before(width.num_threads)
+        return executor_of(width)
+
+    served.executor_of = counting
+    return counts
+
+
+def test_a_lone_row_runs_with_every_thread(sharing):
+    counts = count_widths(sharing.served)
+    for _ in range(3):
+        assert sharing.send([FLAT])[1].rows[0].reason is Reason.FINAL
+    assert counts == {2: 9}
+
+
+def test_many_rows_run_side_by_side_and_their_answers_are_the_networks(sharing, chain):
+    both, have_met = threading.Barrier(2), threading.Event()
+
+    def meet(num_threads):
+        if num_threads == 1 and not have_met.is_set():  # nobody passes alone
+            both.wait(WAIT_S)
+            have_met.set()
+
+    count_widths(sharing.served, meet)
+    x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    rows = sharing.engine.classify(x, policy={"kind": "fixed", "exit": 2}).rows
+    assert have_met.is_set()
+    probabilities = np.array([row.answer.top_probability_K for row in rows])
+    np.testing.assert_allclose(probabilities, chain.decisions({"x": x})[2][:, 3:7], atol=1e-5)
+
+
+def test_what_comes_while_a_row_has_every_thread_starts_when_that_has_run(sharing):
+    counts = count_widths(sharing.served, lambda num_threads: sharing.gate(0, None))
+    waiters = [sharing.send([FLAT])[1]]
+    assert sharing.gate.entered.wait(WAIT_S)
+    waiters += [sharing.send([FLAT])[1] for _ in range(4)]
+    assert counts == {2: 1}
+    sharing.gate.open()
+    assert [waiter.rows[0].reason for waiter in waiters] == [Reason.FINAL] * 5
+    assert counts[1] > 0
+
+
 # --- several models --------------------------------------------------------------------------------------------------
 
 
@@ -486,6 +545,75 @@ def test_a_slow_moment_of_the_warm_up_is_one_for_all_batch_sizes(simulate, chain
     assert {size: seconds / measured[1] for size, seconds in measured.items()} == pytest.approx(
         {size: (4 + size) / 5 for size in (1, 2, 4, 8)}, rel=0.01
     )
+
+
+class Scripted:
+    """A part of a network on some threads, whose every stage takes as long on the test's clock as the test says."""
+
+    def __init__(self, executor, clock, seconds):
+        self._executor, self._clock, self._seconds = executor, clock, seconds
+        self._lock = threading.Lock()
+
+    def run(self, stage, feeds):
+        with self._lock:
+            self._clock.now += self._seconds(len(next(iter(feeds.values()))))
+        return self._executor.run(stage, feeds)
+
+
+@pytest.mark.parametrize(
+    ("beside_s", "found"),
+    [
+        ({1: 1.2, 2: 1.2}, None),  # side by side takes longer, however many there are
+        ({1: 0.9, 2: 0.95}, (4, 1)),
+        ({1: 0.9, 2: 0.8}, (2, 2)),  # two threads each do most
+        ({1: 1.2, 2: 0.8}, None),  # not looked for: the fewest gain nothing already
+    ],
+)
+def test_the_warm_up_finds_how_many_stages_do_most_side_by_side(simulate, chain, instrument, beside_s, found):
+    """`beside_s`: by threads for each, what a row takes of the device's time side by side, of what it takes alone.
+
+    `found`: how many that is, and threads for each.
+    """
+    sim = simulate()
+    served = ServedModel("found", chain.bundle, open_device("cpu", 4), 4, runners=None)
+    instrument(served, sim.clock).seconds = lambda stage, rows: 0.01 * rows
+    real = warm_up.StageExecutor
+
+    def loaded(bundle, device):
+        return Scripted(real(bundle, device), sim.clock, lambda rows: 0.01 * rows * beside_s[device.threads])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm_up, "StageExecutor", loaded)
+        for _ in served.warm_up(sim.clock, 60.0):
+            pass
+    if found is None:
+        assert served.narrow is None
+        return
+    assert (served.narrow.num_abreast, served.narrow.num_threads) == found
+    measured, (num_abreast, num_threads) = served.narrow.profile.stages[0].measured, found
+    assert measured == pytest.approx({size: num_abreast * 0.01 * size * beside_s[num_threads] for size in (1, 2, 4)})
+
+
+def test_a_model_that_can_only_be_loaded_once_is_served_with_every_thread(sharing, late, monkeypatch, caplog):
+    def full(bundle, device):
+        raise ManifestError("ONNX Runtime refuses the graph of 'stage0' (BadAlloc)")
+
+    monkeypatch.setattr(warm_up, "StageExecutor", full)
+    served = sharing.engine.add_model(late.bundle)
+    assert served.narrow is None
+    assert "BadAlloc" in caplog.text
+    one = np.array(FLAT, np.float32)
+    assert len(sharing.engine.classify({"x": one, "y": one}, model="late").rows) == 1
+
+
+def test_rows_of_a_short_network_are_not_tried_side_by_side(simulate, chain, instrument, monkeypatch):
+    sim = simulate()
+    served = ServedModel("short", chain.bundle, open_device("cpu", 4), 4, runners=None)
+    instrument(served, sim.clock).seconds = lambda stage, rows: 1e-4
+    monkeypatch.setattr(warm_up, "StageExecutor", None)
+    for _ in served.warm_up(sim.clock, 60.0):
+        pass
+    assert served.narrow is None
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from offramp_server.ladder import Gear
 from offramp_server.profile import Profile
 from offramp_server.row_costs import RowCosts
 from offramp_server.scheduler import Dispatch, QueueKey, Scheduler
+from offramp_server.widths import Width
 
 ACCURACIES = (0.60, 0.66, 0.70, 0.73, 0.75)
 NUM_EXITS = len(ACCURACIES)
@@ -115,7 +116,7 @@ class Simulation:
         self.served.gears = Gears(NUM_GEARS, self.served.costs.asked_s) if has_gears and not is_full else None
         self.keys = [QueueKey("m", stage) for stage in range(NUM_EXITS)]
         self.scheduler: Scheduler[Row] = Scheduler(MAX_BATCH, MARGIN_S, 0.05)
-        self.scheduler.add_model(self.keys, profile)
+        self.scheduler.add_model(self.keys, Width(profile))
         self.admission = Admission(SETTINGS, lambda _: self.scheduler.num_waiting(self.keys[0]))
 
     def serve(self, arrivals: list[float]) -> Report:

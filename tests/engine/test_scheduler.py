@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from offramp_server.profile import Profile
 from offramp_server.rules import Rules
 from offramp_server.scheduler import QueueKey, Scheduler
+from offramp_server.widths import Width
 
 MAX_BATCH = 8
 EPSILON = 1e-9
@@ -24,6 +25,7 @@ class Row:
     is_cancelled: bool = False
     enqueued_s: float = 0.0
     cohort: int = 0
+    budget_s: float = math.inf
 
 
 def profile_of(cost, num_stages=3, exit_stages=None, max_batch=MAX_BATCH):
@@ -52,7 +54,7 @@ def keys_of(model, num_stages=3):
 def scheduler_of(profile=None, margin_s=0.0, *, fair_share_s=0.05, max_batch=MAX_BATCH, num_stages=3, rules=None):
     """Open one model's queues."""
     scheduler = Scheduler(max_batch, margin_s, fair_share_s, rules)
-    scheduler.add_model(keys_of("m", num_stages), profile or profile_of(flat, num_stages))
+    scheduler.add_model(keys_of("m", num_stages), Width(profile or profile_of(flat, num_stages)))
     return scheduler
 
 
@@ -335,7 +337,7 @@ def simulate_shares(costs_s, seconds, arrive, fair_share_s=0.05, num_stages=3):
     """Run models side by side; `arrive(scheduler, now)` keeps rows coming. Gives each model's device seconds."""
     scheduler = Scheduler(MAX_BATCH, 0.0, fair_share_s)
     for model, cost in costs_s.items():
-        scheduler.add_model(keys_of(model, num_stages), profile_of(cost, num_stages))
+        scheduler.add_model(keys_of(model, num_stages), Width(profile_of(cost, num_stages)))
     used, now = Counter(), 0.0
     while now < seconds:
         arrive(scheduler, now)
@@ -397,11 +399,11 @@ def flat_ms(stage, rows_):
 
 def test_a_model_that_joins_an_idle_device_gets_no_credit_for_the_time_before():
     scheduler = Scheduler(MAX_BATCH, 0.0, 0.05)
-    scheduler.add_model(keys_of("old"), profile_of(flat_ms))
+    scheduler.add_model(keys_of("old"), Width(profile_of(flat_ms)))
     for _ in range(1000):
         scheduler.put(key(2, "old"), rows(1))
         scheduler.finish(scheduler.next(0.0), 0.005)
-    scheduler.add_model(keys_of("new"), profile_of(flat_ms))
+    scheduler.add_model(keys_of("new"), Width(profile_of(flat_ms)))
     used = Counter()
     for model in ("new", "old"):
         scheduler.put(key(2, model), rows(400))
@@ -416,7 +418,7 @@ def test_a_model_that_comes_and_goes_is_no_worse_off_than_one_that_stays():
     """Its rows are few, so that its queues run empty with every dispatch: that is not idling."""
     scheduler = Scheduler(MAX_BATCH, 0.0, 0.05)
     for model in ("few", "many"):
-        scheduler.add_model(keys_of(model), profile_of(flat_ms))
+        scheduler.add_model(keys_of(model), Width(profile_of(flat_ms)))
     scheduler.put(key(0, "many"), rows(10_000))
     (row,) = rows(1)
     scheduler.put(key(0, "few"), [row])
@@ -485,9 +487,12 @@ def test_exactly_the_cancelled_rows_are_taken():
 class Bookkeeping(RuleBasedStateMachine):
     """Whatever is done with it, every row is waiting at exactly one place or was given back exactly once."""
 
-    @initialize(models=st.integers(1, 3), rebatch=st.booleans(), hold=st.booleans())
-    def open_models(self, models, rebatch, hold):
-        self.scheduler = Scheduler(4, 0.01, 0.05, Rules(rebatch=rebatch, hold=hold))
+    @initialize(
+        models=st.integers(1, 3), rebatch=st.booleans(), hold=st.booleans(), num_threads=st.sampled_from([0, 2])
+    )
+    def open_models(self, models, rebatch, hold, num_threads):
+        self.num_threads = num_threads
+        self.scheduler = Scheduler(4, 0.01, 0.05, Rules(rebatch=rebatch, hold=hold), num_threads)
         self.waiting = {}
         self.models = []
         for index in range(models):
@@ -495,7 +500,11 @@ class Bookkeeping(RuleBasedStateMachine):
 
     def add(self, model):
         self.models.append(model)
-        self.scheduler.add_model(keys_of(model), profile_of(lambda stage, n: 0.05 + 0.01 * n))
+        profile = profile_of(lambda stage, n: 0.05 + 0.01 * n)
+        narrow = Width(profile.beside(), 1, 2) if self.num_threads and model != "m1" else None
+        for stage in narrow.profile.stages if narrow else ():
+            stage.calibrate(1, [0.1])
+        self.scheduler.add_model(keys_of(model), Width(profile, self.num_threads), narrow)
 
     def gave(self, given_back):
         for row in given_back:
@@ -511,7 +520,7 @@ class Bookkeeping(RuleBasedStateMachine):
     )
     def put(self, data, stage, count, deadline_s, drop):
         at = key(stage, data.draw(st.sampled_from(self.models)))
-        new = rows(count, deadline_s=deadline_s, may_be_dropped=drop)
+        new = rows(count, deadline_s=deadline_s, budget_s=deadline_s + 1, may_be_dropped=drop)
         self.scheduler.put(at, new)
         self.waiting |= dict.fromkeys(new, at)
 
@@ -571,6 +580,109 @@ class Bookkeeping(RuleBasedStateMachine):
 
 Bookkeeping.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestBookkeeping = Bookkeeping.TestCase
+
+
+# --- threads that dispatches share out --------------------------------------------------------------------------------
+
+WIDE, NARROW = (Width(profile_of(flat), 2), Width(profile_of(flat), 1, 2))
+
+
+def sharing_scheduler(**models):
+    """Open the queues of models on a device with two threads; those that are said to be can run side by side."""
+    scheduler = Scheduler(MAX_BATCH, 0.0, 100.0, num_threads=2)
+    for model, runs_side_by_side in (models or {"m": True}).items():
+        scheduler.add_model(keys_of(model), WIDE, NARROW if runs_side_by_side else None)
+    return scheduler
+
+
+def test_a_row_alone_on_an_idle_device_gets_every_thread_and_nothing_starts_beside_it():
+    scheduler = sharing_scheduler()
+    scheduler.put(key(0), rows(1))
+    alone = scheduler.next(0.0)
+    assert alone.width is WIDE
+    scheduler.put(key(0), rows(3))
+    assert (scheduler.has_room, scheduler.may_start, scheduler.wait_s(0.0)) == (False, False, math.inf)
+    assert scheduler.next(0.0) is None
+    scheduler.finish(alone, 1.0)
+    assert scheduler.may_start
+    assert scheduler.next(1.0).width is NARROW
+
+
+def test_many_rows_are_parted_among_dispatches_side_by_side():
+    scheduler = sharing_scheduler()
+    scheduler.put(key(0), rows(6))
+    started = [scheduler.next(0.0), scheduler.next(0.0)]
+    assert [(dispatch.width, len(dispatch.samples)) for dispatch in started] == [(NARROW, 3)] * 2
+    assert not scheduler.has_room
+    scheduler.finish(started[0], 1.0)
+    scheduler.put(key(1), started[0].samples[:1])
+    assert scheduler.next(1.0).width is NARROW  # beside the other
+
+
+def test_a_row_in_a_hurry_waits_for_every_thread_and_what_comes_later_for_it():
+    scheduler = sharing_scheduler()
+    scheduler.put(key(0), rows(2))
+    first, second = scheduler.next(0.0), scheduler.next(0.0)
+    short_s = NARROW.short_budget_s
+    (hurried,) = rows(1, budget_s=0.9 * short_s, deadline_s=0.9 * short_s)
+    scheduler.put(key(0), [hurried, *rows(2)])
+    scheduler.finish(first, 1.0)
+    assert scheduler.next(1.0) is None
+    assert (scheduler.has_room, scheduler.wait_s(1.0)) == (False, math.inf)
+    scheduler.finish(second, 1.0)
+    dispatch = scheduler.next(1.0)
+    assert (dispatch.width, hurried in dispatch.samples) == (WIDE, True)
+    scheduler.finish(dispatch, 1.0)
+    scheduler.put(key(1), rows(2))
+    assert scheduler.next(0.9 * short_s).width is NARROW
+
+
+def test_rows_with_enough_time_are_in_no_hurry():
+    scheduler = sharing_scheduler()
+    scheduler.put(key(0), rows(2, budget_s=NARROW.short_budget_s, deadline_s=NARROW.short_budget_s))
+    assert scheduler.next(0.0).width is NARROW
+
+
+def test_a_model_that_gains_nothing_side_by_side_waits_for_every_thread():
+    scheduler = sharing_scheduler(pays=True, never=False)
+    scheduler.put(key(0, "pays"), rows(2))
+    running = [scheduler.next(0.0), scheduler.next(0.0)]
+    scheduler.finish(running.pop(), 1.0)
+    scheduler.put(key(2, "never"), rows(8))  # fuller, and deeper
+    scheduler.put(key(0, "pays"), rows(1))
+    assert scheduler.next(1.0) is None
+    scheduler.finish(running.pop(), 1.0)
+    dispatch = scheduler.next(1.0)
+    assert (dispatch.key.model, dispatch.width) == ("never", WIDE)
+
+
+def test_the_threads_of_a_model_that_is_removed_meanwhile_come_back():
+    scheduler = sharing_scheduler(old=True, new=False)
+    scheduler.put(key(0, "old"), rows(2))
+    running = [scheduler.next(0.0), scheduler.next(0.0)]
+    scheduler.remove_model("old")
+    scheduler.put(key(0, "new"), rows(1))
+    for dispatch in running:
+        assert scheduler.next(0.0) is None
+        scheduler.finish(dispatch, 1.0)
+    assert scheduler.next(0.0).width is WIDE
+
+
+def test_a_dispatch_counts_for_its_models_share_by_the_threads_it_takes():
+    """Two models take turns; one second with one of two threads is half a second of the device."""
+    scheduler = Scheduler(1, 0.0, 0.0, num_threads=2)
+    for model, narrow in (("beside", NARROW), ("alone", None)):
+        scheduler.add_model(keys_of(model), WIDE, narrow)
+        scheduler.put(key(0, model), rows(40))
+    used = Counter()
+    for _ in range(30):
+        running = []
+        while (dispatch := scheduler.next(0.0)) is not None:
+            running.append(dispatch)
+        for dispatch in running:
+            scheduler.finish(dispatch, 1.0)
+            used[dispatch.key.model] += dispatch.width.num_threads / 2
+    assert used["beside"] == pytest.approx(used["alone"], abs=1.5)
 
 
 # --- gated stages ----------------------------------------------------------------------------------------------------

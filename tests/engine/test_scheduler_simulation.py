@@ -17,6 +17,7 @@ from offramp_server.profile import Profile
 from offramp_server.rules import Rules
 from offramp_server.scheduler import QueueKey, Scheduler
 from offramp_server.stage_profile import StageProfile
+from offramp_server.widths import Width
 
 EPSILON = 1e-9
 MAX_BATCH = 8
@@ -37,6 +38,10 @@ class Row:
     stages: list[int] = field(default_factory=list)
     answered_s: float | None = None
     is_forced: bool = False
+
+    @property
+    def budget_s(self):
+        return self.deadline_s - self.arrival_s
 
 
 @dataclass(frozen=True)
@@ -59,16 +64,35 @@ class Net:
 class Device:
     """Runs rows through one network; every event happens at its time, in order.
 
-    `measured` is the network as a warm-up has seen it, if that was not what it is.
+    `measured` is the network as a warm-up has seen it, if that was not what it is. `shared` says how many times as long
+    a stage takes with one of the threads that runners share out, as many as there are of them; without it each runner
+    has its own.
     """
 
     def __init__(
-        self, net, rules=None, *, runners=1, margin_s=0.0, batch_sizes=None, max_batch=MAX_BATCH, measured=None
+        self,
+        net,
+        rules=None,
+        *,
+        runners=1,
+        margin_s=0.0,
+        batch_sizes=None,
+        max_batch=MAX_BATCH,
+        measured=None,
+        shared=None,
     ):
         self.net = net
         self.profile = (measured or net).profile(max_batch, batch_sizes)
-        self.scheduler = Scheduler(max_batch, margin_s, 0.05, rules)
-        self.scheduler.add_model([QueueKey("m", stage) for stage in range(net.num_stages)], self.profile)
+        wide, narrow, self.cost = Width(self.profile, 0, runners), None, {0: net.cost}
+        if shared is not None:
+            wide, self.cost[runners] = Width(self.profile, runners), net.cost
+            self.cost[1] = lambda stage, rows: shared * net.cost(stage, rows)
+            narrow = Width(self.profile.beside(), 1, runners)
+            for index, stage in enumerate(narrow.profile.stages):
+                for batch in batch_sizes or range(1, max_batch + 1):
+                    stage.calibrate(batch, [self.cost[1](index, batch)])
+        self.scheduler = Scheduler(max_batch, margin_s, 0.05, rules, 0 if shared is None else runners)
+        self.scheduler.add_model([QueueKey("m", stage) for stage in range(net.num_stages)], wide, narrow)
         self.runners = runners
         self.now = 0.0
         self.dispatches = []
@@ -86,13 +110,13 @@ class Device:
             while running and running[0][0] <= self.now:
                 self._finish(heapq.heappop(running)[2])
             while len(running) < self.runners and (dispatch := self._next()) is not None:
-                took_s = self.net.cost(dispatch.key.stage, dispatch.num_padded)
+                took_s = self.took_s(dispatch)
                 self.busy_s += took_s
                 number += 1
                 heapq.heappush(running, (self.now + took_s, number, dispatch))
             events = [running[0][0]] if running else []
             events += [arrivals[-1].arrival_s] if arrivals else []
-            if len(running) < self.runners and len(self.scheduler):
+            if self.scheduler.may_start and len(running) < self.runners:
                 events.append(self.now + max(self.scheduler.wait_s(self.now), 1e-6))
                 self.idle_with_work_s += min(events) - self.now
             self.now = min(events, default=self.now)
@@ -120,12 +144,15 @@ class Device:
                 continue
             ahead = (s for s in range(stage + 1, self.net.num_stages) if s not in self.net.gated or s in row.opens)
             following.setdefault(next(ahead), []).append(row)
-        took_s = self.net.cost(stage, dispatch.num_padded)
-        self.profile.stages[stage].observe(len(dispatch.samples), took_s)
+        took_s = self.took_s(dispatch)
+        dispatch.width.profile.stages[stage].observe(len(dispatch.samples), took_s)
         for at, rows in following.items():
             self.profile.observe_gates(range(stage + 1, at), at, len(rows))
             self._put(at, rows)
         self.scheduler.finish(dispatch, took_s)
+
+    def took_s(self, dispatch):
+        return self.cost[dispatch.width.num_threads](dispatch.key.stage, dispatch.num_padded)
 
     def _put(self, stage, rows):
         for row in rows:
@@ -184,16 +211,21 @@ loads = st.fixed_dictionaries(
     }
 )
 
+runners = st.one_of(
+    st.fixed_dictionaries({"runners": st.integers(1, 3)}),
+    st.fixed_dictionaries({"runners": st.integers(2, 3), "shared": st.sampled_from([1.0, 1.8])}),
+)
+
 
 def rows_for(net, load):
     return traffic(**load, num_stages=net.num_stages, gated=net.gated)
 
 
 @settings(max_examples=60, deadline=None)
-@given(nets, rules, loads, st.integers(1, 3), st.sampled_from([None, (1, 4, 8)]))
+@given(nets, rules, loads, runners, st.sampled_from([None, (1, 4, 8)]))
 def test_every_row_runs_its_stages_in_order_until_it_leaves(net, rules, load, runners, batch_sizes):
     rows = rows_for(net, load)
-    Device(net, rules, runners=runners, batch_sizes=batch_sizes).run(rows)
+    Device(net, rules, **runners, batch_sizes=batch_sizes).run(rows)
     for row in rows:
         assert row.answered_s is not None
         assert row.stages == sorted(set(row.stages))
@@ -212,28 +244,28 @@ def test_no_runner_is_idle_while_a_row_waits(net, rules, load, runners):
 
 
 @settings(max_examples=60, deadline=None)
-@given(nets, loads, st.integers(1, 3), st.booleans())
+@given(nets, loads, runners, st.booleans())
 def test_a_row_with_an_answer_in_hand_is_never_late(net, load, runners, hold):
     rows = rows_for(net, load)
-    device = Device(net, Rules(hold=hold), runners=runners).run(rows)
+    device = Device(net, Rules(hold=hold), **runners).run(rows)
     first_exit = device.profile.first_answer_stage()
     ends = {}
     for started_s, dispatch in device.dispatches:
         if dispatch.key.stage == first_exit:
             for row in dispatch.samples:
-                ends[row] = started_s + net.cost(first_exit, dispatch.num_padded)
+                ends[row] = started_s + device.took_s(dispatch)
     for row in rows:
         if ends.get(row, math.inf) <= row.deadline_s:
             assert row.answered_s <= row.deadline_s + EPSILON
 
 
 @settings(max_examples=30, deadline=None)
-@given(nets, st.integers(0, 1000), st.integers(1, 2))
+@given(nets, st.integers(0, 1000), runners)
 def test_nothing_starves_below_capacity(net, seed, runners):
     """At less than half the load that single rows alone could bear, nobody waits for longer than 30 full passes."""
     full_s = sum(net.cost(stage, 1) for stage in range(net.num_stages))
     rows = traffic(seed, 150, 0.45 / full_s, num_stages=net.num_stages, gated=net.gated, budget_s=1e6)
-    Device(net, runners=runners).run(rows)
+    Device(net, **runners).run(rows)
     assert max(row.answered_s - row.arrival_s for row in rows) <= 30 * full_s
 
 
@@ -333,6 +365,58 @@ def test_without_forced_exits_rows_are_late_and_run_to_where_their_policy_lets_t
     assert all(row.opens <= set(row.stages) for row in unforced)
     assert sum(len(row.stages) for row in forced) < sum(len(row.stages) for row in unforced)
     assert num_in_time(forced) > 1.3 * num_in_time(unforced)
+
+
+# --- threads that dispatches share out --------------------------------------------------------------------------------
+
+FOUR_MS = Net(lambda stage, rows: 0.004 * rows)
+LEAVES_LAST = FOUR_MS.num_stages - 1
+
+
+def closed(clients, num, budget_s=math.inf):
+    """Let so many rows come at first and one more whenever the device could have answered one."""
+    return [Row(max(n - clients, 0) * 0.001, LEAVES_LAST, max(n - clients, 0) * 0.001 + budget_s) for n in range(num)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(nets, rules, loads, st.integers(2, 4), st.sampled_from([1.0, 1.8]))
+def test_no_thread_is_given_out_twice(net, rules, load, runners, shared):
+    device = Device(net, rules, runners=runners, shared=shared).run(rows_for(net, load))
+    changes = []
+    for started_s, dispatch in device.dispatches:
+        num_threads = dispatch.width.num_threads
+        changes += [(started_s, num_threads), (started_s + device.took_s(dispatch), -num_threads)]
+    taken = 0
+    for _, num_threads in sorted(changes):
+        taken += num_threads
+        assert 0 <= taken <= runners
+    assert taken == 0
+
+
+def test_a_lone_row_gets_every_thread_at_every_stage():
+    rows = [Row(0.1 * n, LEAVES_LAST) for n in range(20)]
+    device = Device(FOUR_MS, runners=2, shared=1.8).run(rows)
+    assert {dispatch.width.num_threads for _, dispatch in device.dispatches} == {2}
+    assert seconds_in_system(rows) == pytest.approx(3 * 0.004)
+
+
+def test_many_rows_are_done_sooner_side_by_side():
+    """A stage takes 1.8 times as long with half of the threads: nine tenths of the time for all of them."""
+    beside, one_by_one = closed(32, 400), closed(32, 400)
+    Device(FOUR_MS, runners=2, shared=1.8).run(beside)
+    Device(FOUR_MS).run(one_by_one)
+    assert max(row.answered_s for row in beside) < 0.92 * max(row.answered_s for row in one_by_one)
+
+
+def test_as_long_as_a_row_in_a_hurry_may_wait_every_dispatch_gets_every_thread():
+    rows, hurried = closed(8, 40), Row(0.02, LEAVES_LAST, 0.06)
+    device = Device(FOUR_MS, runners=2, shared=1.8).run([*rows, hurried])
+    began = min(at for at, dispatch in device.dispatches if hurried in dispatch.samples)
+    assert {d.width.num_threads for at, d in device.dispatches if began <= at < 0.06} == {2}
+    assert {d.width.num_threads for at, d in device.dispatches if at < 0.02} == {1}
+    assert hurried.answered_s <= 0.06
+    later = [d.width.num_threads for at, d in device.dispatches if at >= 0.06]
+    assert later[0] == 1
 
 
 # --- padding ---------------------------------------------------------------------------------------------------------
