@@ -4,9 +4,10 @@
 
 Exports a convolutional network with random weights twice, as one graph and in four stages, and serves both with
 `offramp serve`. Clients that always find work waiting ask for full depth over `/v2` with binary tensors, 1, 8 and 32 of
-them; the one graph also runs in a loop in this process, at the batch size at which it does most rows per second.
-Nothing serves faster than that loop. All take turns, so that a noisy minute of the machine falls on all. Prints the
-medians of the turns and of their ratios to the loop. Client and server share the machine. Nothing is asserted.
+them. The one graph also runs in loops in this process: in one with every thread or in several with one each, whichever
+does most rows per second, at the batch size at which it does. Nothing serves faster than that. A second server runs one
+stage at a time. All take turns, so that a noisy minute of the machine falls on all. Prints the medians of the turns and
+of their ratios to the loop. Client and server share the machine. Nothing is asserted.
 """
 
 import os
@@ -14,6 +15,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +33,7 @@ from rich.table import Table
 IMAGE_SIZE = 32
 BATCHES = (1, 2, 4, 8, 16, 32)
 CLIENTS = (1, 8, 32)
+ONE_AT_A_TIME = ("--runners", "1")
 SIZES = {"small": (16, 1), "large": (64, 4)}
 """Channels of every convolution of a network, and convolutions in each of its four stages."""
 
@@ -38,25 +41,31 @@ console = Console(width=140)
 
 
 class BareLoop:
-    """The one graph in a tight loop."""
+    """The one graph in tight loops, as many at a time as share the threads."""
 
-    def __init__(self, bundle: Bundle, threads: int, images: np.ndarray) -> None:
-        self._device = open_device("cpu", threads)
-        self._executor = StageExecutor(bundle, self._device)
-        self._name = bundle.manifest.inputs[0].name
-        self._images = images
+    def __init__(self, bundle: Bundle, threads: int, abreast: int, batch: int, images: np.ndarray) -> None:
+        device = open_device("cpu", threads // abreast)
+        self._executor = StageExecutor(bundle, device)
+        self._carries = {bundle.manifest.inputs[0].name: device.upload(images[:batch])}
+        self._abreast = abreast
+        self._batch = batch
+        self.name = f"{abreast} loop{'s' if abreast > 1 else ''}, {batch} rows a run"
 
-    def rows_per_s(self, batch: int, seconds: float) -> float:
-        """Run it for so long."""
-        carries = {self._name: self._device.upload(self._images[:batch])}
-        self._executor.run(0, carries)
+    def rows_per_s(self, seconds: float) -> float:
+        """Run them for so long."""
+        with ThreadPoolExecutor(self._abreast) as pool:
+            loops = [pool.submit(self._loop, seconds) for _ in range(self._abreast)]
+            return sum(loop.result() for loop in loops)
+
+    def _loop(self, seconds: float) -> float:
+        self._executor.run(0, self._carries)
         started = now = time.perf_counter()
         num_runs = 0
         while now < started + seconds:
-            self._executor.run(0, carries)
+            self._executor.run(0, self._carries)
             num_runs += 1
             now = time.perf_counter()
-        return num_runs * batch / (now - started)
+        return num_runs * self._batch / (now - started)
 
 
 def export_both(channels: int, convolutions: int, folder: Path) -> tuple[Path, Path]:
@@ -88,16 +97,18 @@ def measure(size: str, threads: int, rounds: int, seconds: float) -> list[list[s
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         graph, stages = export_both(*SIZES[size], folder)
-        flags = ("--device", "cpu", "--threads", str(threads))
-        urls = [
-            stack.enter_context(server_process(bundle, folder / f"{bundle.name}.log", flags))
-            for bundle in (graph, stages)
+        loops = [
+            BareLoop(open_bundle(graph), threads, abreast, batch, images)
+            for abreast in sorted({1, threads})
+            for batch in BATCHES
         ]
-        loop = BareLoop(open_bundle(graph), threads, images)
-        best = max(BATCHES, key=lambda batch: loop.rows_per_s(batch, seconds / 2))
-        ways = {f"a loop, {best} rows a run": lambda seconds: loop.rows_per_s(best, seconds)}
-        ways |= {f"one graph, {number} clients": asking(urls[0], graph, images, number) for number in CLIENTS}
-        ways |= {f"four stages, {number} clients": asking(urls[1], stages, images, number) for number in CLIENTS}
+        best = max(loops, key=lambda loop: loop.rows_per_s(seconds / 2))
+        ways: dict[str, Callable[[float], float]] = {best.name: best.rows_per_s}
+        flags = ("--device", "cpu", "--threads", str(threads))
+        servers = {"one graph": (graph, ()), "four stages": (stages, ()), "one graph at a time": (graph, ONE_AT_A_TIME)}
+        for name, (bundle, more) in servers.items():
+            url = stack.enter_context(server_process(bundle, folder / f"{name}.log", (*flags, *more)))
+            ways |= {f"{name}, {number} clients": asking(url, bundle, images, number) for number in CLIENTS}
         turns = [[way(seconds) for way in ways.values()] for _ in range(rounds)]
     return [
         [size if not place else "", name, *_told([turn[place] for turn in turns], [turn[0] for turn in turns])]

@@ -87,8 +87,8 @@ class WarmUp:
     def find_narrow(self, budget_s: float) -> Steps[tuple[Width, StageExecutor] | None]:
         """Find how the stages do most side by side, after `measure`; None if they gain nothing so.
 
-        Tried are one thread for each dispatch, then two, four and so on, as long as that does more than the one before.
-        Runs with every thread lie between those that are compared with them.
+        Tried are as many as there are threads, then half as many and so on, as long as that does more than what was
+        tried before. Runs with every thread lie between those that are compared with them.
 
         Args:
             budget_s: Roughly how long it may take in all.
