@@ -387,13 +387,14 @@ def sharing(chain, options, monkeypatch):
 
 
 def count_widths(served, before=lambda num_threads: None):
-    """Count dispatches by the threads they take; `before` is called with these when one starts."""
+    """Count dispatches by the threads they run on; `before` is called with these when one starts."""
     counts, executor_of = Counter(), served.executor_of
 
     def counting(width):
-        counts[width.num_threads] += 1
-        before(width.num_threads)
-        return executor_of(width)
+        executor = executor_of(width)
+        counts[executor.device.threads] += 1
+        before(executor.device.threads)
+        return executor
 
     served.executor_of = counting
     return counts
