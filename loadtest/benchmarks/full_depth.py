@@ -105,7 +105,11 @@ def measure(size: str, threads: int, rounds: int, seconds: float) -> list[list[s
         best = max(loops, key=lambda loop: loop.rows_per_s(seconds / 2))
         ways: dict[str, Callable[[float], float]] = {best.name: best.rows_per_s}
         flags = ("--device", "cpu", "--threads", str(threads))
-        servers = {"one graph": (graph, ()), "four stages": (stages, ()), "one graph at a time": (graph, ONE_AT_A_TIME)}
+        servers = {
+            "one graph": (graph, ()),
+            "four stages": (stages, ()),
+            "one graph, one at a time": (graph, ONE_AT_A_TIME),
+        }
         for name, (bundle, more) in servers.items():
             url = stack.enter_context(server_process(bundle, folder / f"{name}.log", (*flags, *more)))
             ways |= {f"{name}, {number} clients": asking(url, bundle, images, number) for number in CLIENTS}
