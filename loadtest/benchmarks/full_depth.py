@@ -5,7 +5,7 @@
 Exports a convolutional network with random weights twice, as one graph and in four stages, and serves both with
 `offramp serve`. Clients that always find work waiting ask for full depth over `/v2` with binary tensors, 1, 8 and 32 of
 them. The one graph also runs in loops in this process: in one with every thread or in several with one each, whichever
-does most rows per second, at the batch size at which it does. Nothing serves faster than that. A second server runs one
+does most rows per second, at the batch size at which it does. Nothing serves faster than that. A third server runs one
 stage at a time. All take turns, so that a noisy minute of the machine falls on all. Prints the medians of the turns and
 of their ratios to the loop. Client and server share the machine. Nothing is asserted.
 """

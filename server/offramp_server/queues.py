@@ -182,10 +182,6 @@ class StageQueue(Generic[W]):
         """How long the model's stages take, the way its dispatches run now."""
         return self.share.width.profile
 
-    def forget(self) -> None:
-        """Measure again before the next dispatch."""
-        self.valid_until_s, self.late_after_s = -math.inf, -math.inf
-
     def add(self, samples: Sequence[W]) -> None:
         """Let rows wait here."""
         entries, number = self.entries, self._num_arrived

@@ -220,10 +220,7 @@ class Scheduler(Generic[W]):
                 continue
             is_many = self._num_taken > 0 or len(self) >= share.narrow.num_abreast
             if share.turn(is_narrow=is_many and now >= share.hurried_until_s):
-                self._late_after_s = -math.inf
-                for queue in self._busy:
-                    if queue.share is share:
-                        queue.forget()
+                self._forget()
 
     def _part(self, width: Width) -> float:
         """The part of the device that a dispatch has to itself."""

@@ -120,7 +120,7 @@ class WarmUp:
     def _compare(self, executor: StageExecutor, profile: Profile, num_abreast: int, budget_s: float) -> Steps[float]:
         """Measure stages side by side at the sizes known already; gives how many times as many rows they do so."""
         sizes = self._sizes_within(budget_s, num_abreast)
-        wide_s = [[stage.mean_s(sizes[-1]) for stage in self._profile.stages]]
+        wide_s = [stage.mean_s(sizes[-1]) for stage in self._profile.stages]
         timings: dict[int, list[list[float]]] = {}
         gains = []
         with ThreadPoolExecutor(num_abreast, "offramp-warm-up") as pool:
@@ -129,10 +129,10 @@ class WarmUp:
                 expected_s = [num_abreast * stage.mean_s(size) for stage in self._profile.stages]
                 timings[size] = [(yield from self._run(size, expected_s, abreast))]  # the first, which counts for none
             for _ in range(WARM_UP_RUNS):
-                wide_s.append((yield from self._run(sizes[-1], wide_s[-1])))
+                wide_s = yield from self._run(sizes[-1], wide_s)
                 for size, runs in timings.items():
                     runs.append((yield from self._run(size, runs[-1], abreast)))
-                gains.append(num_abreast * sum(wide_s[-1]) / max(sum(timings[sizes[-1]][-1]), 1e-9))
+                gains.append(num_abreast * sum(wide_s) / max(sum(timings[sizes[-1]][-1]), 1e-9))
         _calibrate(profile, {size: runs[1:] for size, runs in timings.items()})
         return median(gains)
 
