@@ -10,6 +10,10 @@ from aiohttp import web
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+TURNS_TO_ACCEPT = 8
+"""Turns of the loop, and a few more, in which a connection that the kernel has made becomes one of the server's. One
+that the server's end comes between is nobody's, and so never closed."""
+
 
 @contextmanager
 def _listening(handler: Handler, *, has_metrics: bool = False) -> Iterator[str]:
@@ -32,6 +36,8 @@ def _listening(handler: Handler, *, has_metrics: bool = False) -> Iterator[str]:
         started.set_result(runner.addresses[0][1])
         ready.set()
         await stopping.wait()
+        for _ in range(TURNS_TO_ACCEPT):
+            await asyncio.sleep(0)
         await runner.cleanup()
         left = asyncio.all_tasks() - {asyncio.current_task()}
         for task in left:
