@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import ClassVar, Self
+from typing import ClassVar, Final, Self
 
 import numpy as np
 
@@ -108,8 +108,11 @@ class Policy(ABC):
         return None
 
 
+_CODES: Final = tuple(np.int8(reason) for reason in Reason)
+
+
 def _fired(mask_B: np.ndarray, reason: Reason) -> IntArray:
-    return np.asarray(mask_B) * np.int8(reason)  # `CONTINUE` is 0
+    return mask_B * _CODES[reason]  # `CONTINUE` is 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -228,7 +231,8 @@ class Fixed(Policy):
     exit_R: IntArray
 
     def __call__(self, seen: Seen) -> IntArray:
-        return np.repeat(_fired(seen.exit_index >= self.exit_R, Reason.DEPTH_CAP), seen.num_rows // len(self.exit_R))
+        fired_R = _fired(seen.exit_index >= self.exit_R, Reason.DEPTH_CAP)
+        return fired_R if len(fired_R) == seen.num_rows else np.repeat(fired_R, seen.num_rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -306,7 +310,7 @@ def decide(policies: Sequence[Policy], seen: Seen) -> IntArray:
         int8, shape (B,): a `Reason` per row.
     """
     first = policies[0]
-    if all(policy is first for policy in policies):
+    if policies.count(first) == len(policies):
         return first(seen)
     reasons_B = np.zeros(len(policies), dtype=np.int8)
     rows_by_signature: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)

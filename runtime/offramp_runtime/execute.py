@@ -5,6 +5,7 @@ The server and the exporter's proof run stages through this module, so that the 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -17,8 +18,7 @@ from offramp_runtime.interface import Device, DeviceTensor, LoadedGraph
 from offramp_runtime.weights import SharedArrays
 
 
-@dataclass(frozen=True, slots=True)
-class StageOutput:
+class StageOutput(NamedTuple):
     """What one run of a stage gives.
 
     Attributes:

@@ -6,9 +6,8 @@ Shapes: B = rows of a dispatch, C = classes, D = width of a decision, K = gates 
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from offramp_contract.errors import NotFinite, StageFailed
 from offramp_contract.policy import Reason
@@ -32,8 +31,7 @@ LEAST_SHARE_KEPT: Final = 0.25
 them has run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
+class Ran(NamedTuple):
     """A stage that has run over a dispatch's rows.
 
     Attributes:
@@ -184,10 +182,8 @@ class Boundary:
         """
         if not self._scheduler.rules.forced_exits:
             return -math.inf
-        key = served.queue_keys[following]
-        profile = self._scheduler.profile(key)
-        likely_batch = min(num_rows + self._scheduler.num_waiting(key), profile.knee(following), served.max_batch)
-        return self._clock() + profile.to_next_answer_s(following, likely_batch) + self._margin_s
+        needed_s = self._scheduler.to_next_answer_s(served.queue_keys[following], num_rows)
+        return self._clock() + needed_s + self._margin_s
 
     def _part(
         self, served: ServedModel, stage: int, samples: Sequence[Sample], places: Sequence[int]

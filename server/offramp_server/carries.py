@@ -1,7 +1,6 @@
 """What a row brings to its next stage, without a copy of its own: a place in a batch that it shares with others."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 from offramp_runtime import DeviceTensor
@@ -9,22 +8,25 @@ from offramp_runtime import DeviceTensor
 from offramp_server.gating import Hop
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Tensors of rows that ran a stage together, or came together, under the names by which they are read.
 
-    Attributes:
+    Args:
         tensors: The tensors, on the device.
         num_rows: How many rows each of them has.
+
+    Attributes:
+        tensors: The same.
+        num_rows: The same.
+        places: Every place in it, in order.
     """
 
-    tensors: Mapping[str, DeviceTensor]
-    num_rows: int
-    places: list[int] = field(init=False)
-    """Every place in it, in order."""
+    __slots__ = ("num_rows", "places", "tensors")
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "places", list(range(self.num_rows)))
+    def __init__(self, tensors: Mapping[str, DeviceTensor], num_rows: int) -> None:
+        self.tensors = tensors
+        self.num_rows = num_rows
+        self.places = list(range(num_rows))
 
 
 EMPTY: Final = Batch({}, 0)

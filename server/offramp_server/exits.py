@@ -13,7 +13,7 @@ from offramp_contract.statistics import Decision, FloatArray, decision_of_logits
 from offramp_server.messages import Combine, ExitAnswer
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Sighting:
     """What one exit says about a batch, still packed: most rows go on, and nobody asks what was said about them.
 

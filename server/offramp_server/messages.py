@@ -1,13 +1,14 @@
 """What travels between the server's parts: reading this file is reading the architecture.
 
 `api/` turns HTTP into a `Submission`'s inputs and `RequestOptions`; the engine answers with a `Result`, on the way with
-`Progress`, and tells an `Observer` what happened. Nothing here knows HTTP, queues or devices.
+`Progress`, and tells an `Observer` what happened. Nothing here knows HTTP, queues or devices. What is made anew for
+every row or dispatch is a named tuple, which is made in a third of the time of a frozen dataclass.
 
 Shapes: R = rows of a request, C = classes, K = leading classes kept in the decision statistics.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from offramp_contract.errors import OfframpError
@@ -56,8 +57,7 @@ class RequestOptions:
     is_free: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ExitAnswer:
+class ExitAnswer(NamedTuple):
     """What one exit says about one row.
 
     Attributes:
@@ -81,8 +81,7 @@ class ExitAnswer:
     logits_C: FloatArray | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class GateSeen:
+class GateSeen(NamedTuple):
     """What one gate decided over one row.
 
     Attributes:
@@ -96,8 +95,7 @@ class GateSeen:
     decision: GateDecision | None
 
 
-@dataclass(frozen=True, slots=True)
-class RowAnswer:
+class RowAnswer(NamedTuple):
     """The one answer of one row.
 
     Attributes:
@@ -123,8 +121,7 @@ class RowAnswer:
     gates_seen: tuple[GateSeen, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """A row has reached an exit and goes on."""
 
     row: int
@@ -132,8 +129,7 @@ class Progress:
     depth: float
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """The answer to one request: per row an answer or the error that is its answer.
 
     Attributes:
@@ -172,8 +168,7 @@ class Loaded:
     num_gears: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class StageRun:
+class StageRun(NamedTuple):
     """One dispatch: a stage ran once, over rows of any number of requests."""
 
     model: str
@@ -189,8 +184,7 @@ class StageRun:
         return len(self.queue_seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class Departure:
+class Departure(NamedTuple):
     """One row has been answered by an exit.
 
     Attributes:
@@ -206,8 +200,7 @@ class Departure:
     gate_decisions: tuple[GateDecision | None, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RequestDone:
+class RequestDone(NamedTuple):
     """One request has got its one answer.
 
     Attributes:

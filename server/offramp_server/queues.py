@@ -44,8 +44,7 @@ class QueueKey(NamedTuple):
     variant: str = "fp32"
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch(Generic[W]):
+class Dispatch(NamedTuple, Generic[W]):
     """Samples that run one stage together, earliest deadline first; rows that are late anyway may come last.
 
     Attributes:

@@ -65,11 +65,10 @@ def route(
 
 def _labels(exit_index: int, rows: Sequence[Routed]) -> IntArray:
     """Put the classes of rows that compare them together; others get any, and if none compares them there are none."""
-    num_labels = exit_index + 1 if any(row.policy.compares_labels for row in rows) else 0
-    class_BK = np.zeros((len(rows), num_labels), dtype=np.int32)
-    for place, row in enumerate(rows if num_labels else ()):
-        if row.policy.compares_labels:
-            class_BK[place] = row.classes
+    comparing = [place for place, row in enumerate(rows) if row.policy.compares_labels]
+    class_BK = np.zeros((len(rows), exit_index + 1 if comparing else 0), dtype=np.int32)
+    for place in comparing:
+        class_BK[place] = rows[place].classes
     return class_BK
 
 

@@ -18,7 +18,6 @@ from itertools import count
 from typing import Generic
 
 from offramp_server.hold import is_held
-from offramp_server.profile import Profile
 from offramp_server.queues import Dispatch, QueueKey, Share, StageQueue, W, Waiting
 from offramp_server.rules import Rules
 from offramp_server.widths import Width
@@ -52,6 +51,7 @@ class Scheduler(Generic[W]):
         self._fair_share_s = fair_share_s
         self.rules = rules or Rules()
         self._num_threads = num_threads
+        self._num_waiting = 0
         self._num_taken = 0
         self._waits_for_threads = False
         self._queues: dict[QueueKey, StageQueue[W]] = {}
@@ -65,7 +65,7 @@ class Scheduler(Generic[W]):
         self._next_cohort = count(1)
 
     def __len__(self) -> int:
-        return sum([share.num_waiting for share in self._shares.values()])
+        return self._num_waiting
 
     @property
     def has_room(self) -> bool:
@@ -75,7 +75,7 @@ class Scheduler(Generic[W]):
     @property
     def may_start(self) -> bool:
         """Whether something waits that does not wait for threads of what runs."""
-        return self.has_room and len(self) > 0
+        return self._num_waiting > 0 and self.has_room
 
     def add_model(self, keys: Iterable[QueueKey], wide: Width, narrow: Width | None = None) -> None:
         """Open the queues of a model, one per stage.
@@ -96,7 +96,9 @@ class Scheduler(Generic[W]):
         for key in [key for key in self._queues if key.model == model]:
             self._running.pop(self._queues.pop(key), None)
         self._shares.pop(model, None)
-        return [entry[2] for queue in gone for entry in queue.entries]
+        samples = [entry[2] for queue in gone for entry in queue.entries]
+        self._num_waiting -= len(samples)
+        return samples
 
     def put(self, key: QueueKey, samples: Sequence[W]) -> None:
         """Let samples wait for a stage."""
@@ -108,6 +110,7 @@ class Scheduler(Generic[W]):
         if share.num_waiting == 0 and share.used_s < self._virtual_s:  # idling earns no credit
             share.used_s = self._virtual_s
         share.num_waiting += len(samples)
+        self._num_waiting += len(samples)
         if self.rules.rebatch:
             self._add(queue, samples)
             return
@@ -120,9 +123,11 @@ class Scheduler(Generic[W]):
             return len(self._queues[key].entries)
         return sum([len(queue.entries) for queue in list(self._busy) if queue.key == key])
 
-    def profile(self, key: QueueKey) -> Profile:
-        """How long the stages of a model take, the way its dispatches run now."""
-        return self._queues[key].profile
+    def to_next_answer_s(self, key: QueueKey, num_rows: int) -> float:
+        """Expect so many rows more that come to wait for a stage to need rarely more than this to their next exit."""
+        profile, stage = self._queues[key].profile, key.stage
+        likely_batch = min(num_rows + self.num_waiting(key), profile.stages[stage].knee)
+        return profile.to_next_answer_s(stage, likely_batch)
 
     def slack_s(self, now: float) -> float:
         """Seconds the device may do something else before a waiting row misses its promise; infinite if none waits."""
@@ -334,6 +339,7 @@ class Scheduler(Generic[W]):
         """Take note that samples no longer wait in a queue."""
         if samples:
             queue.share.num_waiting -= len(samples)
+            self._num_waiting -= len(samples)
             if not queue.entries:
                 self._leave_busy(queue)
         return samples

@@ -121,7 +121,7 @@ class ServedModel:
         if missing > 0:
             rows = [*rows, *[rows[-1]] * missing]
         batch, places = rows[0].batch, [row.place for row in rows]
-        is_one = all(row.batch is batch for row in rows)
+        is_one = len({row.batch for row in rows}) == 1
         is_whole = is_one and places == batch.places
         gather, feeds = self.executor.device.gather, {}
         for name in self.manifest.stages[stage].inputs:

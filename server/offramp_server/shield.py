@@ -35,7 +35,10 @@ class ShieldedObserver:
 
     def stage_ran(self, run: StageRun) -> None:
         """Pass it on."""
-        tell(self._observer.stage_ran, run)
+        try:  # as `tell`, for every dispatch
+            self._observer.stage_ran(run)
+        except Exception:
+            logger.exception("%r raised", self._observer.stage_ran)
 
     def rows_left(self, departures: list[Departure]) -> None:
         """Pass it on."""

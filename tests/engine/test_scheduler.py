@@ -433,13 +433,16 @@ def test_a_model_that_comes_and_goes_is_no_worse_off_than_one_that_stays():
     assert abs(used["few"] - used["many"]) <= 0.06
 
 
-def test_a_dispatch_of_a_model_that_was_removed_may_end():
+def test_a_dispatch_of_a_model_that_was_removed_may_end_and_nothing_of_it_waits_any_more():
     scheduler = scheduler_of()
     scheduler.put(key(0), rows(1))
     dispatch = scheduler.next(0.0)
-    scheduler.remove_model("m")
-    scheduler.finish(dispatch, 1.0)
+    scheduler.put(key(1), rows(2))
+    assert len(scheduler.remove_model("m")) == 2
     assert len(scheduler) == 0
+    assert not scheduler.may_start
+    scheduler.finish(dispatch, 1.0)
+    assert scheduler.next(0.0) is None
 
 
 # --- giving up -------------------------------------------------------------------------------------------------------
