@@ -164,7 +164,7 @@ def test_a_score_that_is_no_number_is_not_taken_for_one_that_was_not_computed(ga
         output = run(stage, carries)
         if output.scores_BK is None:
             return output
-        return replace(output, scores_BK=np.where(np.arange(len(output.scores_BK))[:, None] == 7, np.nan, 0.5))
+        return output._replace(scores_BK=np.where(np.arange(len(output.scores_BK))[:, None] == 7, np.nan, 0.5))
 
     executor.run = without_a_number
     with pytest.raises(UnfitData, match="'gate_0' scores sample 7 with no number from 0 to 1"):

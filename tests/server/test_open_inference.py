@@ -3,7 +3,6 @@ import shutil
 import zlib
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -425,7 +424,7 @@ def test_probabilities_are_calibrated_unless_they_were_already_when_exits_were_c
     served.calibration = served.calibration.model_copy(update={"temperatures": (2.0, 2.0, 2.0)})
     outputs = [RequestedOutput("probabilities", is_binary=False)]
     row = row_of(1, 4)
-    combined = replace(row, stages=(0, 1))
+    combined = row._replace(stages=(0, 1))
 
     def probabilities(row: RowAnswer, combine: Any) -> list[float]:
         (tensor,) = output_tensors(outputs, [row], served, combine)
