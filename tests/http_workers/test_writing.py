@@ -114,9 +114,7 @@ def plain(value):
         return value.dtype.str, value.tolist()
     if isinstance(value, OfframpError):
         return type(value), vars(value)
-    if dataclasses.is_dataclass(value):
-        return type(value), {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return [plain(one) for one in value] if isinstance(value, tuple) else value
+    return (type(value), [plain(one) for one in value]) if isinstance(value, tuple) else value
 
 
 def there_and_back(event):
