@@ -174,7 +174,7 @@ class Runners:
             return not self.is_stopping
 
     def _has_work(self) -> bool:
-        return bool(self._commands or self._loop.may_start or self._chores or self.is_stopping)
+        return bool(self._waits() or self._chores or self.is_stopping)
 
     def _waits(self) -> bool:
         return bool(self._commands or self._loop.may_start)

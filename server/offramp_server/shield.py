@@ -35,10 +35,7 @@ class ShieldedObserver:
 
     def stage_ran(self, run: StageRun) -> None:
         """Pass it on."""
-        try:  # as `tell`, for every dispatch
-            self._observer.stage_ran(run)
-        except Exception:
-            logger.exception("%r raised", self._observer.stage_ran)
+        tell(self._observer.stage_ran, run)
 
     def rows_left(self, departures: list[Departure]) -> None:
         """Pass it on."""
